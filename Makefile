@@ -1,0 +1,40 @@
+# make demo   train on drawn flowers for about a minute, then classify one
+# make test   lint and test
+# make lint   check style, change nothing
+#
+# Nothing is written outside this folder.
+
+PYTHON ?= python3
+VENV = .venv/bin/python
+CACHE = .cache
+
+export TMPDIR := $(CURDIR)/$(CACHE)/tmp
+export PIP_CACHE_DIR := $(CURDIR)/$(CACHE)/pip
+export MPLCONFIGDIR := $(CURDIR)/$(CACHE)/matplotlib
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(VENV) train.py --data-path sample --model shufflenet_v2_x0_5 --epochs 15 --lr 0.02 --lrf 0.01
+	$(VENV) predict.py data/sample/tulips/tulips_000.jpg
+
+test: lint
+	$(VENV) -m pytest --basetemp=$(CACHE)/pytest
+
+lint: .venv/installed-dev
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+
+clean:
+	rm -rf .venv $(CACHE) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+.venv/installed: requirements.txt
+	mkdir -p $(CACHE)/tmp
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(VENV) -m pip install --quiet -r requirements-dev.txt
+	touch $@

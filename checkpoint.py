@@ -1,0 +1,309 @@
+"""Weight files: write them atomically, read them without running what is in them.
+
+A checkpoint of ours is a dict of tensors and primitives:
+
+    model          state dict
+    model_name     a name of model.VARIANTS
+    classes        class names, in the order of the outputs
+    preprocessing  {"resize", "crop", "mean", "std"}
+    epoch          epochs trained
+    metrics        the figures of that epoch
+    args           the options of train.py
+
+`last.pth` holds beside these what `--resume` needs. Bare state dicts are read too: torchvision's,
+the tutorial's, and those wrapped by DataParallel or torch.compile.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cli import RunError, UsageError, notice
+from image import default_preprocessing
+from model import VARIANTS, build_model
+
+HEAD = ("fc.weight", "fc.bias")
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that takes the place of `path` in one step when the block ends well; until
+    then, and if it fails, `path` stays as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(state: dict, path: str | Path) -> None:
+    """Write a dict of tensors and primitives atomically.
+
+    Raises:
+        OSError: the disk is full or not writable; the file at `path` is what it was.
+    """
+    buffer = io.BytesIO()  # torch reports a full disk as an error of its own, a buffer as OSError
+    torch.save(state, buffer)
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def save_json(value: object, path: str | Path) -> None:
+    """Write JSON atomically, indented."""
+    with replacing(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def load(path: str | Path) -> dict:
+    """Read a weight file to the CPU with `weights_only=True`.
+
+    Raises:
+        RunError: not a weight file, damaged, or in need of unpickling code.
+        FileNotFoundError: no such file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the unpickler raises nearly anything on damaged bytes
+        text = str(error)
+        if "Weights only load failed" in text or "GLOBAL" in text:
+            why = "it holds Python objects, or is damaged; only tensors and plain values are read"
+        else:
+            why = f"damaged, or no weight file ({text.splitlines()[0] if text else error!r})"
+        raise RunError(f"{path}: {why}; export the state dict alone, or train again") from None
+    if not isinstance(state, dict):
+        raise RunError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return state
+
+
+def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
+    """The weights in what `load` returned, without the prefixes of wrappers.
+
+    Raises:
+        UsageError: there are none, or one of them holds a value that is not finite.
+    """
+    state = file
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(file.get(key), dict):
+            state = file[key]
+            break
+    weights = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UsageError(f"{path}: {name!r} is no tensor; expected a state dict")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UsageError(f"{path}: {name} holds values that are not finite")
+        for prefix in ("module.", "_orig_mod."):
+            name = name.removeprefix(prefix)
+        weights[name] = value
+    if not weights:
+        raise UsageError(f"{path}: holds no weights")
+    return weights
+
+
+def head_fits(model: nn.Module, weights: dict[str, Tensor]) -> bool:
+    """Whether the state dict holds a head (`fc`) of the model's size."""
+    own = model.state_dict()
+    return all(name in weights and weights[name].shape == own[name].shape for name in HEAD)
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: str | Path, *, new_head: bool = False
+) -> NamedTuple:
+    """Load a state dict into `model`.
+
+    Args:
+        model: any network of `model.py`.
+        weights: the state dict.
+        source: where it comes from, for messages.
+        new_head: leave the model's own head (`fc`) in place.
+
+    Returns:
+        missing_keys and unexpected_keys, as torch reports them.
+
+    Raises:
+        UsageError: anything else is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    if new_head:
+        weights = {name: value for name, value in weights.items() if name not in HEAD}
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    # Files of torch before 0.4.1 lack the batch counters, which no computation here reads.
+    wrong += [
+        f"{name} is missing"
+        for name in own
+        if name not in weights
+        and not name.endswith("num_batches_tracked")
+        and not (new_head and name in HEAD)
+    ]
+    wrong += [f"{name} is unexpected" for name in weights if name not in own]
+    if wrong:
+        raise UsageError(
+            f"{source} does not fit the model: {'; '.join(wrong[:3])}"
+            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; name the --model that the "
+            "file was made for"
+        )
+    return model.load_state_dict(weights, strict=False)
+
+
+def imagenet_weights(model_name: str) -> tuple[dict[str, Tensor], str]:
+    """torchvision's ImageNet weights of a v2 network, downloaded once, and their URL.
+
+    Raises:
+        UsageError: none are published for this network.
+        RunError: they cannot be downloaded; the message says which file to put where.
+    """
+    import socket
+
+    from torchvision.models import get_model_weights
+
+    if not model_name.startswith("shufflenet_v2_"):
+        raise UsageError(
+            f"--weights imagenet: torchvision publishes none for {model_name}, only for "
+            "shufflenet_v2_x0_5, _x1_0, _x1_5 and _x2_0"
+        )
+    weights = get_model_weights(model_name).IMAGENET1K_V1
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True), weights.url
+    except (OSError, RuntimeError) as error:
+        place = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+        raise RunError(
+            f"cannot download {weights.url} ({getattr(error, 'reason', None) or error}); fetch it "
+            f"by other means and put it at {place}, or pass it with --weights FILE"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+class Classifier(NamedTuple):
+    """A trained network with what is needed to use it."""
+
+    model: nn.Module  # in eval mode, on the CPU
+    model_name: str
+    classes: list[str]
+    preprocessing: dict
+    args: dict  # of train.py; empty for a bare state dict
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Read a checkpoint of ours or a bare state dict and build its network.
+
+    A bare state dict tells its variant by its shapes; its class names come from a
+    class_indices.json beside it, else from the one beside this file, else, for 1000 classes, from
+    torchvision.
+
+    Raises:
+        RunError: the file is damaged.
+        UsageError: it fits no network of ours, or there are no class names for it.
+    """
+    file = load(path)
+    weights = state_dict_of(file, path)
+    if "model_name" in file:
+        classifier = _own_fields(file, path)
+    else:
+        name = _variant_of(weights, path)
+        classes = _class_names(Path(path), len(weights["fc.weight"]))
+        model = build_model(name, len(classes))
+        classifier = Classifier(model, name, classes, default_preprocessing(name), {})
+    load_weights(classifier.model, weights, path)
+    classifier.model.eval()
+    return classifier
+
+
+def _own_fields(file: dict, path: str | Path) -> Classifier:
+    """What a checkpoint of ours says of itself, its types checked."""
+    fields = {"model_name": str, "classes": list, "preprocessing": dict, "args": dict}
+    for name, kind in fields.items():
+        if not isinstance(file.get(name), kind):
+            raise RunError(f"{path}: {name} is missing or no {kind.__name__}; train again")
+    preprocessing, classes = file["preprocessing"], file["classes"]
+    resize, crop = preprocessing.get("resize"), preprocessing.get("crop")
+    colours = [preprocessing.get("mean"), preprocessing.get("std")]
+    if not (isinstance(resize, int) and isinstance(crop, int) and 1 <= crop <= resize <= 4096):
+        raise RunError(f"{path}: resize {resize!r} and crop {crop!r} are not 1 <= crop <= resize")
+    if not all(isinstance(c, list) and len(c) == 3 and all(map(_positive, c)) for c in colours):
+        raise RunError(f"{path}: mean {colours[0]!r} and std {colours[1]!r} are no colours")
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+        raise RunError(f"{path}: its class names are no text, or one stands twice")
+    try:
+        model = build_model(file["model_name"], len(classes))
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from None
+    return Classifier(model, file["model_name"], classes, preprocessing, file["args"])
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < 1e3
+
+
+def _variant_of(weights: dict[str, Tensor], path: str | Path) -> str:
+    """The name of the variant whose shapes, the head's aside, are those of the state dict."""
+
+    def shapes(state: dict[str, Tensor]) -> dict:
+        return {
+            name: tuple(value.shape)
+            for name, value in state.items()
+            if name not in HEAD and not name.endswith("num_batches_tracked")
+        }
+
+    found = shapes(weights)
+    if "fc.weight" in weights:
+        for name in VARIANTS:
+            with torch.device("meta"):
+                model = build_model(name)
+            if shapes(model.state_dict()) == found:
+                return name
+    raise UsageError(f"{path}: its weights fit no network of this repository")
+
+
+def _class_names(path: Path, count: int) -> list[str]:
+    for file in (path.parent / "class_indices.json", Path(__file__).parent / "class_indices.json"):
+        if file.exists():
+            names = read_class_indices(file)
+            if len(names) == count:
+                return names
+            notice(f"{file} names {len(names)} classes, {path} has {count}: not used")
+    if count == 1000:
+        from torchvision.models import ShuffleNet_V2_X1_0_Weights
+
+        return ShuffleNet_V2_X1_0_Weights.IMAGENET1K_V1.meta["categories"]
+    raise UsageError(
+        f"{path} has {count} classes and no names; put a class_indices.json beside it: "
+        '{"0": "NAME", "1": ...}'
+    )
+
+
+def read_class_indices(path: str | Path) -> list[str]:
+    """Class names in the order of their index, from {"0": "daisy", ...}.
+
+    Raises:
+        UsageError: not such a file.
+    """
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [str(table[str(index)]) for index in range(len(table))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f'{path}: expected {{"0": "NAME", "1": ...}} without a gap ({error!r})'
+        ) from None

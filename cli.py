@@ -1,0 +1,212 @@
+"""What the scripts share at the command line: parser, switches, notices, exit codes.
+
+Standard library only, so that `--help` and a wrong path answer before torch is imported.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+# How threads of one process wait for each other; torch reads it when it is imported. Asleep, not
+# spinning: beside any other busy process, spinning made training here ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class UsageError(ValueError):
+    """A mistake of the caller found before the work starts (exit code 2)."""
+
+
+class RunError(RuntimeError):
+    """A failure during the work (exit code 1)."""
+
+
+def printable(text: object) -> str:
+    """Text from a file name or a file, safe to print: control characters and lone surrogates
+    are written as escapes, so that no name moves the cursor or starts a second line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def notice(text: str) -> None:
+    """One line for the reader, on stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that prints defaults in `--help`, answers a mistake with one line and
+    exit code 2, and notes in `args.given` which options the user typed."""
+
+    def __init__(self, **kwargs) -> None:
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {printable(message)} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        parsed = super().parse_args(args, namespace)
+        # What stays unset in a parse that starts from marks instead of defaults was not typed.
+        unset = object()
+        marks = argparse.Namespace(**dict.fromkeys(vars(parsed), unset))
+        typed = super().parse_args(args, marks)
+        parsed.given = {name for name, value in vars(typed).items() if value is not unset}
+        return parsed
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == "":
+            return action.help  # a default of nothing says nothing
+        return super()._get_help_string(action)
+
+
+def add_switch(group, name: str, default: bool, help: str) -> None:
+    """Add `--NAME`, `--NAME true|false` (as the tutorial's readers write it) and `--no-NAME`."""
+    group.add_argument(
+        f"--{name}", nargs="?", const=True, default=default, type=_switch, help=help,
+        metavar="true|false",
+    )  # fmt: skip
+    dest = name.replace("-", "_")
+    group.add_argument(
+        f"--no-{name}", dest=dest, action="store_false", default=default, help=argparse.SUPPRESS
+    )
+
+
+def _switch(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable:
+    """An argparse type: an int or float from `low` (`above`: greater than it) to `high`."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (low < value if above else low <= value) or not value <= high:
+            rule = f"greater than {low}" if above else f"at least {low}"
+            rule += "" if high == float("inf") else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+        return value
+
+    return convert
+
+
+def add_device(group) -> None:
+    """Add `--device`."""
+    group.add_argument(
+        "--device",
+        type=_device_name,
+        default="auto",
+        metavar="NAME",
+        help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:INDEX or mps",
+    )
+
+
+def _device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:INDEX, mps")
+    return text
+
+
+def add_workers(group) -> None:
+    """Add `--workers`; the default leaves one core to the network and is at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=number(int, 0, 256),
+        default=min(max(1, (cores or 1) - 1), 8),
+        metavar="N",
+        help="processes that read pictures; 0 reads in the main process",
+    )
+
+
+def add_amp(group) -> None:
+    """Add `--amp` and `--no-amp`; None when neither is said."""
+    group.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="mixed precision (when neither is said: on CUDA only)",
+    )
+
+
+def fresh_folder(name: str) -> Path:
+    """A folder `runs/DATE-NAME` that no other run has yet."""
+    stem, count = f"{datetime.now():%Y%m%d-%H%M%S}-{name}", 1
+    folder = Path("runs", stem)
+    while folder.exists():
+        count += 1
+        folder = Path("runs", f"{stem}-{count}")
+    return folder
+
+
+def newest_run(name: str) -> Path:
+    """The newest file `runs/*/NAME` below the working folder."""
+    found = sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UsageError(f"there is no runs/*/{name} here; run train.py first, or name a file")
+    return found[-1]
+
+
+def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
+    """Raise UsageError unless the file (or folder) exists."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{flag} {path}: no such {'folder' if folder else 'file'}")
+    if path.is_dir() != folder:
+        raise UsageError(
+            f"{flag} {path}: is {'not a folder' if folder else 'a folder, not a file'}"
+        )
+
+
+def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoReturn:
+    """Parse, call `main`, and leave with 0, 1, 2 or 130; a foreseen error is one line, and only
+    an unforeseen one (a bug) shows a traceback."""
+    try:
+        main(parser.parse_args())
+        sys.stdout.flush()
+        code = 0
+    except UsageError as error:
+        code = _fail(error, 2)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = _fail(_os_error(error), 1)
+    except (RunError, MemoryError) as error:
+        code = _fail(str(error) or "out of memory: use a smaller --batch-size", 1)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            code = _fail("out of memory on the device: use a smaller --batch-size", 1)
+        elif str(error).startswith("DataLoader worker"):
+            code = _fail(
+                "a process that loads pictures was killed, most often for lack of memory or of "
+                "/dev/shm: use a smaller --workers (0 loads in the main process)", 1,
+            )  # fmt: skip
+        else:
+            raise
+    sys.exit(code)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _os_error(error: OSError) -> str:
+    if error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    # An exception from a DataLoader worker arrives with the worker's traceback around it.
+    return str(error).strip().rpartition("\n")[2].removeprefix("image.ImageError: ")

@@ -1,0 +1,199 @@
+"""A folder of pictures: its classes, and their split into training and validation.
+
+    ROOT/CLASS/PICTURE, or ROOT/train/CLASS/PICTURE and ROOT/val/CLASS/PICTURE
+
+Standard library only, but for the list of suffixes: an exported network is measured without torch.
+"""
+
+import hashlib
+import os
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from cli import UsageError, notice
+from image import SUFFIXES
+
+Pictures = dict[str, list[str]]  # class name -> paths
+
+
+def find_pictures(root: str | Path) -> Pictures:
+    """List the pictures of every class.
+
+    Hidden files are passed over; hidden folders, folders without a picture and files that are no
+    pictures by their suffix are passed over with a notice. Pictures may lie in folders below the
+    class folder; links are followed, each folder once.
+
+    Returns:
+        {class name: sorted paths}, in sorted order of the names.
+
+    Raises:
+        UsageError: no folder of `root` holds a picture.
+        OSError: a folder cannot be listed.
+    """
+    pictures, others = {}, Counter()
+    for name in sorted(os.listdir(root)):
+        folder = os.path.join(root, name)
+        if not os.path.isdir(folder):
+            continue
+        if name.startswith("."):
+            notice(f"skipped {folder}: a hidden folder")
+        elif found := pictures_below(folder, others):
+            pictures[name] = found
+        else:
+            notice(f"skipped {folder}: no picture in it")
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        notice(f"skipped files that are no pictures by their suffix: {kinds}")
+    if not pictures:
+        raise UsageError(
+            f"{root}: no class folders with pictures in it; expected {root}/CLASS/PICTURE with a "
+            f"suffix of {' '.join(sorted(SUFFIXES))}"
+        )
+    return pictures
+
+
+def pictures_below(folder: str, others: Counter) -> list[str]:
+    """Pictures in a folder and in those below it; `others` counts the remaining suffixes."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix in SUFFIXES:
+                found.append(os.path.join(here, name))
+            else:
+                others[suffix or "without a suffix"] += 1
+    return sorted(found)
+
+
+def split_pictures(root: str | Path, val_rate: float, seed: int) -> tuple[Pictures, Pictures]:
+    """Split into a training and a validation part, {class: paths} each.
+
+    `root` holds either one folder per class, of which `int(n * val_rate)` pictures a class go to
+    validation, drawn from the seed; or `train/` and `val/` (or `test/`), taken as they are.
+    Pictures that are the same to the byte stay together: where the draw parts them, all of them
+    go to training. Nothing is written.
+
+    Raises:
+        UsageError: no pictures, a single class, or a class without pictures on one side.
+    """
+    if not 0 < val_rate < 1:
+        raise UsageError(f"val_rate is {val_rate}, must be between 0 and 1")
+    folders = _train_and_val_folders(Path(root))
+    if folders:
+        train, val = (find_pictures(folder) for folder in folders)
+        _notice_shared(train, val)
+    else:
+        train, val = _draw(find_pictures(root), val_rate, seed)
+
+    if len(train) < 2:
+        raise UsageError(f"{root}: the only class is {', '.join(train)}; there must be two or more")
+    for name in sorted(train.keys() | val.keys()):
+        for side, pictures in (("training", train), ("validation", val)):
+            if not pictures.get(name):
+                count = len(train.get(name, [])) + len(val.get(name, []))
+                raise UsageError(
+                    f"{root}: class {name} has no picture for {side}, of {count} in all; "
+                    f"add pictures, or change --val-rate (now {val_rate})"
+                )
+    return train, val
+
+
+def pictures_of(root: str | Path, split: str, val_rate: float, seed: int) -> Pictures:
+    """The "train" or "val" part of `split_pictures`, or with "all" every picture below `root`."""
+    if split != "all":
+        return split_pictures(root, val_rate, seed)[split == "val"]
+    parts = [find_pictures(folder) for folder in _train_and_val_folders(Path(root)) or [root]]
+    return {
+        name: [path for part in parts for path in part.get(name, [])]
+        for name in sorted(set().union(*parts))
+    }
+
+
+def _train_and_val_folders(root: Path) -> tuple[Path, Path] | None:
+    for name in ("val", "test"):
+        pair = root / "train", root / name
+        # A class may be called "train": then pictures, not folders, lie in it.
+        if all(p.is_dir() and any(child.is_dir() for child in p.iterdir()) for p in pair):
+            return pair
+    return None
+
+
+def _draw(pictures: Pictures, val_rate: float, seed: int) -> tuple[Pictures, Pictures]:
+    generator = random.Random(seed)  # one for all classes: the tutorial's split at seed 0
+    drawn = {
+        path
+        for paths in pictures.values()
+        for path in generator.sample(paths, int(len(paths) * val_rate))
+    }
+    for same in _same_bytes([path for paths in pictures.values() for path in paths]):
+        where = "in one class" if len({os.path.dirname(p) for p in same}) == 1 else "IN TWO CLASSES"
+        notice(f"the same picture {len(same)} times {where}, kept together: {', '.join(same)}")
+        if not drawn.issuperset(same):
+            drawn.difference_update(same)
+    train = {name: [p for p in paths if p not in drawn] for name, paths in pictures.items()}
+    val = {name: [p for p in paths if p in drawn] for name, paths in pictures.items()}
+    return train, val
+
+
+def _notice_shared(train: Pictures, val: Pictures) -> None:
+    """Say which validation pictures are training pictures too, to the byte."""
+    known = {path for paths in train.values() for path in paths}
+    others = {path for paths in val.values() for path in paths}
+    shared = [p for p in _same_bytes([*known, *others]) if known & set(p) and others & set(p)]
+    if shared:
+        notice(
+            f"{len(shared)} pictures are both in training and in validation, which flatters the "
+            f"accuracy; the first: {', '.join(shared[0])}"
+        )
+
+
+def _same_bytes(paths: list[str]) -> list[list[str]]:
+    """Groups of two or more files with equal content, sorted.
+
+    Few files share a size, fewer their first bytes, so hardly any is read whole.
+    """
+    groups = [paths]
+    for key in (_size, _start, _digest):
+        parts = []
+        for group in groups:
+            by_key = defaultdict(list)
+            for path in group:
+                by_key[key(path)].append(path)
+            parts += [part for part in by_key.values() if len(part) > 1]
+        groups = parts
+    return sorted(sorted(group) for group in groups)
+
+
+def _size(path: str) -> int:
+    return os.stat(path).st_size
+
+
+def _start(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4096)
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def with_labels(pictures: Pictures, classes: list[str]) -> tuple[list[str], list[int]]:
+    """{class: paths} to paths and, for each, the index of its class in `classes`."""
+    index = {name: i for i, name in enumerate(classes)}
+    paths = [path for found in pictures.values() for path in found]
+    labels = [index[name] for name, found in pictures.items() for _ in found]
+    return paths, labels

@@ -1,0 +1,144 @@
+"""Many pictures: read them, augment them, hand them to the network in batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from image import load_rgb, resize_and_crop
+
+
+class MyDataSet(Dataset):
+    """Pictures and their classes.
+
+    Args:
+        images_path: one path per picture.
+        images_class: one class index per picture.
+        transform: called with the RGB picture; draws from torch's global generator.
+        seed: with the epoch and the index it decides what `transform` draws for a picture, so
+            neither the order nor the number of worker processes changes the result.
+
+    Raises:
+        ValueError: the two lists differ in length.
+        ImageError: (on access) a picture cannot be read.
+    """
+
+    def __init__(
+        self,
+        images_path: Sequence[str],
+        images_class: Sequence[int],
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if len(images_path) != len(images_class):
+            raise ValueError(f"{len(images_path)} pictures but {len(images_class)} classes")
+        self.images_path = images_path
+        self.images_class = images_class
+        self.transform = transform
+        self.seed = seed
+        # In shared memory: worker processes that outlive an epoch see it change.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.images_path)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | Image.Image, int]:
+        image = load_rgb(self.images_path[index])
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                mixed = (self.seed * 1_000_003 + int(self.epoch)) * 1_000_003 + index
+                torch.default_generator.manual_seed(mixed % 2**63)
+                image = self.transform(image)
+        return image, self.images_class[index]
+
+    @staticmethod
+    def collate_fn(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """[(image, class), ...] to images (N, 3, H, W) and classes (N,) int64."""
+        images, labels = zip(*batch, strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
+
+def train_transform(preprocessing: dict) -> Callable[[Image.Image], Tensor]:
+    """Random crop of 8 to 100 % of the area and random mirroring; gives uint8 (3, crop, crop)."""
+    from torchvision import transforms  # a second of import that only training needs
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(preprocessing["crop"]),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def eval_transform(preprocessing: dict) -> Callable[[Image.Image], Tensor]:
+    """Resize and centre crop; gives uint8 (3, crop, crop)."""
+    return partial(_eval_tensor, resize=preprocessing["resize"], crop=preprocessing["crop"])
+
+
+def _eval_tensor(image: Image.Image, resize: int, crop: int) -> Tensor:
+    return torch.from_numpy(resize_and_crop(image, resize, crop)).permute(2, 0, 1)  # HWC -> CHW
+
+
+def normalize(images: Tensor, preprocessing: dict) -> Tensor:
+    """uint8 (N, 3, H, W) to the network's float32: scaled to 0..1, minus mean, over std."""
+    mean = torch.tensor(preprocessing["mean"], device=images.device).view(3, 1, 1)
+    std = torch.tensor(preprocessing["std"], device=images.device).view(3, 1, 1)
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+class DeviceLoader:
+    """A DataLoader whose batches arrive on the device as normalised floats.
+
+    Bytes travel from the workers to the device, a quarter of what floats would be.
+
+    Args:
+        dataset: gives uint8 (3, H, W) pictures.
+        device: where batches go.
+        preprocessing: holds mean and std.
+        batch_size: pictures per batch; the last may be smaller.
+        workers: processes that read pictures; 0 reads in this one.
+        shuffle: a new order each epoch, from the data set's seed and `set_epoch`.
+    """
+
+    def __init__(
+        self,
+        dataset: MyDataSet,
+        device: torch.device,
+        preprocessing: dict,
+        *,
+        batch_size: int,
+        workers: int,
+        shuffle: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.device = device
+        self.preprocessing = preprocessing
+        # For one process this is the sampler of torch that shuffles by (seed, epoch).
+        self.sampler = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=dataset.seed)
+        self.loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=dataset.collate_fn,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the next pass."""
+        self.dataset.epoch.fill_(epoch)
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            yield normalize(images, self.preprocessing), labels

@@ -1,0 +1,233 @@
+"""Training for an epoch, evaluating, and what they need: split, device, seed, schedule."""
+
+import math
+import random
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cli import RunError, UsageError
+from folders import split_pictures, with_labels
+from my_dataset import DeviceLoader
+
+
+def read_split_data(
+    root: str, val_rate: float = 0.2, seed: int = 0
+) -> tuple[list[str], list[int], list[str], list[int]]:
+    """Split a folder of class folders into a training and a validation part, class by class.
+
+    See `split_pictures`; this is the same in the form of the tutorial.
+
+    Returns:
+        training paths, their class indices, validation paths, their class indices.
+    """
+    train, val = split_pictures(root, val_rate, seed)
+    return *with_labels(train, list(train)), *with_labels(val, list(train))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= cuda:
+        raise UsageError(f"--device {name}: torch sees {cuda} CUDA devices; use --device cpu")
+    if device.type == "mps" and not mps:
+        raise UsageError("--device mps: torch sees no Apple GPU; use --device cpu")
+    return device
+
+
+def amp_dtype(device: torch.device, amp: bool | None) -> torch.dtype | None:
+    """What autocast computes in, or None for plain float32; None for `amp` asks for it on CUDA."""
+    if amp is None:
+        amp = device.type == "cuda"
+    if not amp:
+        return None
+    old_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if old_gpu else torch.bfloat16
+
+
+def set_seed(seed: int) -> None:
+    """Seed every generator, and have CUDA choose convolutions that repeat their results."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+
+
+def freeze_layers(model: nn.Module) -> None:
+    """Leave only `fc` to be trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("fc."))
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Train mode for what is trained, eval mode for what is frozen: batch norm would otherwise
+    move its statistics, and the "frozen" layers with them."""
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()
+
+
+def cosine_lr(lr: float, lrf: float, epoch: int, epochs: int) -> float:
+    """Learning rate of an epoch (from 0): a half cosine from `lr` towards `lr * lrf`."""
+    return lr * (lrf + (1 - lrf) * (1 + math.cos(math.pi * epoch / epochs)) / 2)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data_loader: DeviceLoader,
+    device: torch.device,
+    epoch: int,
+    *,
+    amp: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict:
+    """Train once over the data.
+
+    Args:
+        model: on `device`.
+        optimizer: of the parameters to be trained.
+        data_loader: (images (N, 3, H, W) normalised, classes (N,)) on `device`.
+        device: where it runs.
+        epoch: counted from 0; decides order and augmentation.
+        amp: dtype of autocast, None for float32.
+        scaler: for float16; it keeps its scale from epoch to epoch.
+
+    Returns:
+        {"loss": mean, "accuracy": 0 to 1, "images_per_second": over the epoch}.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    set_train_mode(model)
+    data_loader.set_epoch(epoch)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    lr = optimizer.param_groups[0]["lr"]
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    seen = 0
+    with _progress(data_loader, f"epoch {epoch + 1} training") as bar:
+        for step, (images, labels) in enumerate(data_loader):
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                logits = model(images)  # (N, classes)
+                loss = nn.functional.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            loss_sum += loss.detach() * len(labels)
+            correct += (logits.argmax(1) == labels).sum()
+            seen += len(labels)
+            bar.update(len(labels))
+            # Reading a figure waits for the device, so not at every step.
+            if step % 10 == 9 or seen == bar.total:
+                mean = loss_sum.item() / seen
+                if not math.isfinite(mean):
+                    raise RunError(
+                        f"the loss is {mean} after {seen} pictures of epoch {epoch + 1}; "
+                        f"use a smaller --lr (now {lr:.3g})"
+                    )
+                bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}", lr=lr)
+    rate = seen / bar.format_dict["elapsed"]
+    return {"loss": mean, "accuracy": correct.item() / seen, "images_per_second": rate}
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data_loader: DeviceLoader,
+    device: torch.device,
+    *,
+    amp: torch.dtype | None = None,
+    title: str = "evaluating",
+) -> dict:
+    """Classify the data and compare with the truth.
+
+    Args: as of `train_one_epoch`; `title` names the progress bar.
+
+    Returns:
+        {"loss": mean, "accuracy": top-1, 0 to 1, "top5": likewise, None for five classes or
+        fewer, "images": count, "images_per_second": rate, "confusion": int64 (classes, classes)
+        [truth, prediction]}, and for each picture, in order, "losses" (n,), "predicted" (n,)
+        and "confidence" (n,), the probability of the prediction.
+    """
+    model.eval()
+    losses, predicted, confidence, in_top5, labels_seen = [], [], [], [], []
+    with _progress(data_loader, title) as bar:
+        for images, labels in data_loader:
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                logits = model(images).float()  # (N, classes)
+            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+            top = logits.softmax(1).topk(min(5, logits.shape[1]))  # 2 x (N, 5)
+            confidence.append(top.values[:, 0])
+            predicted.append(top.indices[:, 0])
+            in_top5.append((top.indices == labels[:, None]).any(1))
+            labels_seen.append(labels)
+            bar.update(len(labels))
+    losses, predicted, confidence, in_top5, labels = (
+        torch.cat(parts).cpu() for parts in (losses, predicted, confidence, in_top5, labels_seen)
+    )
+    classes = logits.shape[1]
+    pairs = labels * classes + predicted
+    return {
+        "loss": losses.double().mean().item(),
+        "accuracy": (predicted == labels).double().mean().item(),
+        "top5": in_top5.double().mean().item() if classes > 5 else None,
+        "images": len(labels),
+        "images_per_second": len(labels) / bar.format_dict["elapsed"],
+        "confusion": torch.bincount(pairs, minlength=classes**2).view(classes, classes),
+        "losses": losses,
+        "predicted": predicted,
+        "confidence": confidence,
+    }
+
+
+def _progress(data_loader: DeviceLoader, title: str) -> tqdm:
+    return tqdm(
+        total=len(data_loader.dataset),
+        desc=title,
+        unit="img",
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
+
+
+def class_report(confusion: Tensor, classes: list[str]) -> list[dict]:
+    """Precision, recall and F1 of each class, None where they divide by zero.
+
+    Args:
+        confusion: (classes, classes), rows the truth, columns the prediction.
+        classes: their names.
+    """
+
+    def ratio(a: int, b: int) -> float | None:
+        return a / b if b else None
+
+    rows = []
+    for index, name in enumerate(classes):
+        hits = confusion[index, index].item()
+        actual, claimed = confusion[index].sum().item(), confusion[:, index].sum().item()
+        rows.append(
+            {
+                "class": name,
+                "images": actual,
+                "precision": ratio(hits, claimed),
+                "recall": ratio(hits, actual),
+                "f1": ratio(2 * hits, actual + claimed),
+            }
+        )
+    return rows
