@@ -80,15 +80,17 @@ def load(path: str | Path) -> dict:
     except FileNotFoundError:
         raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        text = str(error)
-        if "Weights only load failed" in text or "GLOBAL" in text:
-            why = "it holds Python objects, or is damaged; only tensors and plain values are read"
-        else:
-            why = f"damaged, or no weight file ({text.splitlines()[0] if text else error!r})"
-        raise RunError(f"{path}: {why}; export the state dict alone, or train again") from None
+        raise RunError(f"{path}: {_reason(error)}; export the state dict alone") from None
     if not isinstance(state, dict):
         raise RunError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return state
+
+
+def _reason(error: Exception) -> str:
+    text = str(getattr(error, "reason", error)) or repr(error)
+    if "Weights only load failed" in text:  # torch goes on to say how to run them nevertheless
+        return "it is damaged, or holds Python objects, which are never run"
+    return text.partition("\n")[0]
 
 
 def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
@@ -185,12 +187,13 @@ def imagenet_weights(model_name: str) -> tuple[dict[str, Tensor], str]:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        return weights.get_state_dict(progress=True, check_hash=True), weights.url
-    except (OSError, RuntimeError) as error:
+        options = {"check_hash": True, "weights_only": True, "map_location": "cpu"}
+        return weights.get_state_dict(progress=True, **options), weights.url
+    except Exception as error:  # no network, a wrong hash, or a damaged file from an earlier time
         place = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
         raise RunError(
-            f"cannot download {weights.url} ({getattr(error, 'reason', None) or error}); fetch it "
-            f"by other means and put it at {place}, or pass it with --weights FILE"
+            f"cannot get {weights.url} ({_reason(error)}); fetch it by other means and put it "
+            f"at {place}, or pass it with --weights FILE"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -221,6 +224,9 @@ def load_classifier(path: str | Path) -> Classifier:
     weights = state_dict_of(file, path)
     if "model_name" in file:
         classifier = _own_fields(file, path)
+        beside = Path(path).parent / "class_indices.json"
+        if beside.exists() and read_class_indices(beside) != classifier.classes:
+            notice(f"{beside} names other classes than {path}; those in the checkpoint are used")
     else:
         name = _variant_of(weights, path)
         classes = _class_names(Path(path), len(weights["fc.weight"]))

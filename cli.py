@@ -164,9 +164,7 @@ def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
     if not path.exists():
         raise UsageError(f"{flag} {path}: no such {'folder' if folder else 'file'}")
     if path.is_dir() != folder:
-        raise UsageError(
-            f"{flag} {path}: is {'not a folder' if folder else 'a folder, not a file'}"
-        )
+        raise UsageError(f"{flag} {path}: not a {'folder' if folder else 'file'}")
 
 
 def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoReturn:

@@ -49,15 +49,14 @@ def draw_confusion_matrix(confusion, classes: Sequence[str], title: str) -> Figu
     """Rows are the truth, columns the prediction; shades are the share of a row.
 
     Args:
-        confusion: (n, n) counts.
+        confusion: tensor (n, n) of counts.
         classes: n names.
     """
     n = len(classes)
     side = max(4.5, min(0.19 * n, 40)) if n > 20 else 3 + 0.55 * n
     figure = Figure(figsize=(side + 1.5, side + 1), layout="constrained")
     axes = figure.subplots()
-    counts = confusion.double()
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (n,n)
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()  # (n,n)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     size = 10 if n <= 20 else 6
     names = [short(name) for name in classes]

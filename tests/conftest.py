@@ -1,3 +1,46 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch: tests share the cores with workers
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def flowers(tmp_path_factory):
+    """A small data set: five classes of eight drawn pictures."""
+    from sample_flowers import draw_sample_flowers
+
+    return draw_sample_flowers(tmp_path_factory.mktemp("data") / "flowers", per_class=8, size=64)
+
+
+@pytest.fixture(scope="session")
+def run_dir(flowers, tmp_path_factory):
+    """The output folder of two epochs on `flowers`."""
+    import train
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    args = ["--data-path", str(flowers), "--model", "shufflenet_v2_x0_5", "--epochs", "2"]
+    train.main(train.build_parser().parse_args([*args, "--output-dir", str(folder)]))
+    return folder
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run a script of the repository in an empty folder: shell("train.py", "--help")."""
+
+    def run(script, *args, env=None, timeout=120):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, args)],
+            cwd=tmp_path,
+            env=os.environ | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

@@ -1,0 +1,133 @@
+"""The command line: options, notices, exit codes."""
+
+import argparse
+import os
+
+import pytest
+
+import cli
+
+
+def parse(*words):
+    parser = cli.Parser()
+    cli.add_switch(parser, "freeze-layers", False, "help")
+    cli.add_device(parser)
+    parser.add_argument("--lr", type=cli.number(float, 0, 10, above=True), default=0.01)
+    parser.add_argument("--epochs", type=cli.number(int, 1), default=3)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], False),
+        (["--freeze-layers"], True),
+        (["--freeze-layers", "True"], True),
+        (["--freeze-layers", "true"], True),
+        (["--freeze-layers", "False"], False),
+        (["--freeze-layers=false"], False),
+        (["--no-freeze-layers"], False),
+        (["--freeze-layers", "--no-freeze-layers"], False),
+    ],
+)
+def test_a_switch_means_what_it_says(words, value):
+    assert parse(*words).freeze_layers is value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--freeze-layers", "maybe"], "'maybe' is neither true nor false"),
+        (["--lr", "0"], "0 must be greater than 0"),
+        (["--lr", "nan"], "nan must be"),
+        (["--lr", "11"], "at most 10"),
+        (["--lr", "fast"], "'fast' is not a number"),
+        (["--epochs", "0"], "0 must be at least 1"),
+        (["--epochs", "1.5"], "'1.5' is not a number"),
+        (["--device", "gpu"], "'gpu' is none of"),
+        (["--device", "cuda:x"], "'cuda:x' is none of"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["a\x1b[31m\nb"], r"a\x1b[31m\nb"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*words)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_given_names_what_was_typed_even_where_it_is_the_default():
+    assert parse().given == set()
+    assert parse("--lr", "0.01", "--no-freeze-layers").given == {"lr", "freeze_layers"}
+
+
+def test_help_prints_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "(default: auto)" in capsys.readouterr().out
+
+
+def leave(error):
+    def main(args):
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(argparse.ArgumentParser(), main)
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (cli.UsageError("no such thing"), 2, "error: no such thing\n"),
+        (cli.RunError("it broke\nbadly"), 1, r"error: it broke\nbadly" + "\n"),
+        (OSError(28, "No space left on device", "a/b"), 1, "error: No space left on device: a/b\n"),
+        (MemoryError(), 1, "error: out of memory: use a smaller --batch-size\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (RuntimeError("DataLoader worker (pid 1) is killed"), 1, None),
+    ],
+)
+def test_errors_become_one_line_and_their_exit_code(error, code, line, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
+    assert leave(error) == code
+    err = capsys.readouterr().err
+    if line is None:
+        assert "--workers" in err
+        assert err.count("\n") == 1
+    else:
+        assert err == line
+
+
+def test_a_bug_shows_its_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(
+            argparse.ArgumentParser(), lambda args: (_ for _ in ()).throw(RuntimeError("a bug"))
+        )
+
+
+def test_printable_leaves_letters_and_escapes_the_rest():
+    assert cli.printable("Tulpe gelb 郁金香") == "Tulpe gelb 郁金香"
+    assert cli.printable("a\nb\x1b[2J\u202e\udcff") == r"a\nb\x1b[2J\u202e\udcff"
+
+
+def test_newest_run_and_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cli.UsageError, match=r"no runs/\*/best.pth here; run train.py first"):
+        cli.newest_run("best.pth")
+    for age, name in enumerate(("b", "c", "a")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "best.pth").touch()
+        os.utime(tmp_path / "runs" / name / "best.pth", (1000 - age, 1000 - age))
+    assert str(cli.newest_run("best.pth")) == os.path.join("runs", "b", "best.pth")
+
+    first = cli.fresh_folder("x")
+    first.mkdir()
+    assert cli.fresh_folder("x") != first

@@ -1,0 +1,473 @@
+"""train.py, eval.py and predict.py, end to end on small folders of drawn flowers."""
+
+import csv
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import checkpoint
+import eval as evaluate_script
+import predict
+import train
+from cli import RunError, UsageError
+from model import build_model
+
+CLASSES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
+
+
+def run_train(*args):
+    return train.main(train.build_parser().parse_args([str(arg) for arg in args]))
+
+
+def run_eval(*args):
+    return evaluate_script.main(evaluate_script.build_parser().parse_args([*map(str, args)]))
+
+
+def run_predict(*args):
+    return predict.main(predict.build_parser().parse_args([*map(str, args)]))
+
+
+def small(flowers, folder, *more):
+    """Options of a run that takes a second or two."""
+    name = "shufflenet_v2_x0_5"
+    return ["--data-path", flowers, "--model", name, "--output-dir", folder, "-j", 0, *more]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def torchvision_file(tmp_path_factory):
+    """A state dict as torchvision publishes them: bare, 1000 classes."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "shufflenetv2_x0.5.pth"
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), path)
+    return path
+
+
+# -- train.py ------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_readme_says(run_dir):
+    names = {path.name for path in run_dir.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert names - events == {
+        "args.json",
+        "best.pth",
+        "class_indices.json",
+        "confusion_matrix.png",
+        "curves.png",
+        "last.pth",
+        "metrics.csv",
+    }
+    names = json.loads((run_dir / "class_indices.json").read_text())
+    assert names == {str(index): name for index, name in enumerate(CLASSES)}
+    assert json.loads((run_dir / "args.json").read_text())["epochs"] == 2
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[0]["lr"]) == 0.01
+    for picture in ("curves.png", "confusion_matrix.png"):
+        Image.open(run_dir / picture).verify()
+
+
+def test_the_summary_is_the_last_line_and_says_what_was_done(flowers, tmp_path, capsys):
+    summary = run_train(*small(flowers, tmp_path / "out", "--epochs", 1, "--val-rate", 0.25))
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1]) == summary
+    assert summary.keys() == {
+        "best_accuracy",
+        "best_epoch",
+        "epochs",
+        "train_images",
+        "val_images",
+        "seconds",
+        "output_dir",
+    }
+    assert (summary["train_images"], summary["val_images"], summary["epochs"]) == (30, 10, 1)
+    assert out.splitlines()[0].startswith("epoch 1/1  lr 0.01  train loss ")
+    assert "img/s" in err
+    assert "loss=" in err
+    assert "acc=" in err
+    assert "lr=" in err
+
+
+def test_a_checkpoint_stands_alone(run_dir):
+    file = torch.load(run_dir / "best.pth", weights_only=True)
+    assert file.keys() == {
+        "model",
+        "model_name",
+        "classes",
+        "preprocessing",
+        "epoch",
+        "metrics",
+        "args",
+    }
+    assert file["classes"] == CLASSES
+    assert file["preprocessing"]["resize"] == 256
+    theirs = torchvision.models.shufflenet_v2_x0_5(num_classes=5)
+    theirs.load_state_dict(file["model"])  # torchvision can use what we trained
+
+
+def test_tensorboard_gets_loss_accuracy_and_learning_rate(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss/train",
+        "loss/val",
+        "accuracy/train",
+        "accuracy/val",
+        "learning_rate",
+    }
+    with open(run_dir / "metrics.csv", newline="") as file:
+        expected = [float(row["val_loss"]) for row in csv.DictReader(file)]
+    found = [event.value for event in events.Scalars("loss/val")]
+    assert found == pytest.approx(expected)
+
+
+def test_freezing_changes_fc_alone(flowers, tmp_path, torchvision_file, capsys):
+    out = tmp_path / "out"
+    run_train(*small(flowers, out, "--weights", torchvision_file, "--freeze-layers", "--epochs", 1))
+    start = torch.load(torchvision_file, weights_only=True)
+    for name in ("best.pth", "last.pth"):
+        after = torch.load(out / name, weights_only=True)["model"]
+        assert after.keys() == start.keys()
+        assert after["fc.weight"].shape == (5, 1024)
+        for key in start.keys() - {"fc.weight", "fc.bias"}:
+            assert torch.equal(after[key], start[key]), key
+    err = capsys.readouterr().err
+    assert "missing keys ['fc.weight', 'fc.bias'], unexpected keys []" in err
+
+
+def test_the_same_seed_trains_the_same_weights_for_any_workers(flowers, tmp_path):
+    results = []
+    for name, seed, workers in (("a", 3, 0), ("b", 3, 2), ("c", 4, 0)):
+        options = ["--epochs", 2, "--seed", seed, "--workers", workers]
+        run_train(*small(flowers, tmp_path / name, *options))
+        results.append(torch.load(tmp_path / name / "last.pth", weights_only=True)["model"])
+    a, b, c = results
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+    assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+def test_two_epochs_and_two_more_are_four(flowers, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_train(*small(flowers, whole, "--epochs", 4))
+
+    def stop_in_the_third(*args, **kwargs):
+        if args[4] == 2:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **kwargs)
+
+    import utils
+
+    train_one_epoch = utils.train_one_epoch
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "train_one_epoch", stop_in_the_third)
+        run_train(*small(flowers, parts, "--epochs", 4))
+    run_train("--resume", parts / "last.pth")
+
+    a, b = (torch.load(folder / "last.pth", weights_only=True) for folder in (whole, parts))
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]), key
+    assert a["history"] == b["history"]
+    assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
+    first, second = (checkpoint.load_classifier(f / "best.pth").model for f in (whole, parts))
+    assert torch.equal(first.fc.weight, second.fc.weight)
+
+
+def test_resume_finds_the_run_keeps_its_options_and_refuses_others(flowers, tmp_path, run_dir):
+    folder = tmp_path / "runs" / "x"
+    shutil.copytree(run_dir, folder)
+    with pytest.raises(UsageError, match=r"--lr 0.5: the run .* began with 0.01"):
+        run_train("--resume", "--lr", 0.5)
+    assert run_train("--resume")["epochs"] == 2  # finished already: only its summary is made again
+    summary = run_train("--resume", "--output-dir", folder, "--epochs", 3)
+    assert (summary["epochs"], summary["output_dir"]) == (3, str(folder))
+    with pytest.raises(UsageError, match="not the last.pth of a run"):
+        run_train("--resume", folder / "best.pth")
+
+
+def test_fine_tuning_starts_from_a_run_of_ours(flowers, tmp_path, run_dir, capsys):
+    """The head stays where the classes are the same, and is new where they are not."""
+    options = ["--weights", run_dir / "best.pth", "--epochs", 1]
+    run_train(*small(flowers, tmp_path / "a", *options))
+    assert "missing keys [], unexpected keys []" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(flowers, other)
+    (other / "roses").rename(other / "violets")
+    run_train(*small(other, tmp_path / "b", *options))
+    assert "but for its head" in capsys.readouterr().err
+
+
+def test_v1_trains_from_nothing_with_amp(flowers, tmp_path, capsys):
+    options = ["--model", "shufflenet_v1_x0_25_g3", "--epochs", 1, "--amp", "--freeze-layers"]
+    run_train(*small(flowers, tmp_path / "out", *options))
+    err = capsys.readouterr().err
+    assert "torch.bfloat16" in err
+    assert "the frozen layers hold random weights" in err
+    assert checkpoint.load_classifier(tmp_path / "out" / "best.pth").model_name.endswith("25_g3")
+
+
+def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(flowers, tmp_path, monkeypatch):
+    import utils
+
+    monkeypatch.setattr(utils, "cosine_lr", lambda lr, lrf, epoch, epochs: lr if epoch < 1 else 1e9)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="the loss is .* epoch 2.*use a smaller --lr"):
+        run_train(*small(flowers, out, "--epochs", 3))
+    assert torch.load(out / "last.pth", weights_only=True)["epoch"] == 1
+    checkpoint.load_classifier(out / "best.pth")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(flowers, run_dir):
+    with pytest.raises(UsageError, match="holds a run; add --resume"):
+        run_train("--data-path", flowers, "--output-dir", run_dir)
+
+
+def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
+    shutil.copytree(flowers, tmp_path / "d" / "train")
+    for name in CLASSES:
+        (tmp_path / "d" / "val" / name).mkdir(parents=True)
+        picture = tmp_path / "d" / "train" / name / f"{name}_000.jpg"
+        picture.rename(tmp_path / "d" / "val" / name / "x.JPG")
+    summary = run_train(*small(tmp_path / "d", tmp_path / "out", "--epochs", 1))
+    assert (summary["train_images"], summary["val_images"]) == (35, 5)
+    assert run_eval("--data-path", "d", "--weights", "out/best.pth", "-j", 0)["images"] == 5
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "message"),
+    [
+        ("train.py", ["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
+        ("train.py", ["--data-path", "file"], "--data-path file: not a folder"),
+        ("train.py", ["--data-path", ".", "--weights", "no.pth"], "--weights no.pth: no such file"),
+        ("train.py", ["--data-path", ".", "--weights", "."], "--weights .: not a file"),
+        ("train.py", ["--data-path", "."], ".: no class folders with pictures"),
+        ("train.py", ["--resume"], "there is no runs/*/last.pth here"),
+        ("train.py", ["--resume", "no.pth"], "--resume no.pth: no such file"),
+        ("train.py", ["--data-path", ".", "--model", "x"], "no model is called 'x'"),
+        ("train.py", ["--data-path", ".", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+        ("train.py", ["--epochs", "-1"], "argument --epochs: -1 must be at least 1"),
+        ("train.py", ["--freeze-layers", "perhaps"], "'perhaps' is neither true nor false"),
+        ("eval.py", ["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
+        ("eval.py", ["--data-path", "."], "there is no runs/*/best.pth here"),
+        ("eval.py", ["--data-path", ".", "--split", "x"], "invalid choice: 'x'"),
+        ("predict.py", ["no.jpg"], "picture no.jpg: no such file"),
+        ("predict.py", ["file"], "there is no runs/*/best.pth here"),
+        ("predict.py", [".", "--weights", "file"], ".: no pictures in it"),
+        ("predict.py", ["file", "--topk", "0"], "0 must be at least 1"),
+        ("predict.py", ["file", "--weights", "file", "--save-plot", "x.txt"], "suffix must be one"),
+        ("predict.py", ["file", "--weights", "file", "--save-plot", "no/x.png"], "no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(shell, tmp_path, script, args, message):
+    (tmp_path / "file").touch()
+    result = shell(script, *args)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
+def test_help_groups_options_prints_defaults_and_imports_nothing_heavy(shell, script):
+    result = shell(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0
+    assert "(default: auto)" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tqdm"}
+
+
+def test_flower_photos_without_a_network_says_what_to_fetch_and_where_to_put_it(shell):
+    result = shell("train.py", env={"https_proxy": "http://127.0.0.1:9"})
+    error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1
+    assert len(error) == 1
+    assert "flower_photos.tgz" in error[0]
+    assert "data/flower_photos/daisy exists" in error[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_picture_is_named_in_one_line_and_exit_code_1(shell, flowers, tmp_path):
+    shutil.copytree(flowers, tmp_path / "d")
+    bad = tmp_path / "d" / "roses" / "roses_003.jpg"
+    bad.write_bytes(bad.read_bytes()[:700])
+    for workers in (0, 1):
+        result = shell("train.py", "--data-path", "d", "--epochs", 1, "-j", workers)
+        assert result.returncode == 1
+        error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1
+        assert error[0].startswith("error: d/roses/roses_003.jpg: ")
+        assert "Traceback" not in result.stderr
+
+
+# -- eval.py -------------------------------------------------------------------------------------
+
+
+def test_eval_repeats_the_accuracy_of_training_for_any_batch_size(flowers, tmp_path, run_dir):
+    best = torch.load(run_dir / "best.pth", weights_only=True)["metrics"]
+    for batch_size in (1, 3, 64):
+        out = tmp_path / f"out{batch_size}"
+        options = ["--output-dir", out, "--batch-size", batch_size, "-j", 0]
+        result = run_eval("--data-path", flowers, "--weights", run_dir / "best.pth", *options)
+        assert result["accuracy"] == best["val_accuracy"]
+        assert result["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def test_eval_prints_a_table_and_leaves_files(flowers, tmp_path, run_dir, capsys):
+    weights = ["--weights", run_dir / "best.pth", "-j", 0]
+    result = run_eval("--data-path", flowers, *weights, "--split", "all", "--output-dir", "out")
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["class", "images", "precision", "recall", "f1"]
+    assert [line.split()[:2] for line in out[1:6]] == [[name, "8"] for name in CLASSES]
+    assert out[6].startswith(f"* Acc@1 {100 * result['accuracy']:.3f}")
+    last = json.loads(out[-1])
+    assert (last["accuracy"], last["images"], last["top5"]) == (result["accuracy"], 40, None)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"confusion_matrix.png", "mistakes.png", "per_class.csv", "metrics.json"}
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert saved["per_class"] == result["per_class"]
+
+
+@pytest.mark.parametrize(("split", "images"), [("val", 5), ("train", 35), ("all", 40)])
+def test_eval_takes_the_part_it_is_asked_for(flowers, run_dir, split, images):
+    weights = ["--weights", run_dir / "best.pth", "-j", 0]
+    assert run_eval("--data-path", flowers, *weights, "--split", split)["images"] == images
+
+
+def test_eval_goes_by_the_names_of_folders_not_by_their_place(flowers, tmp_path, run_dir):
+    """Two of the five classes, which alone would have the indices 0 and 1."""
+    for name in ("roses", "tulips"):
+        shutil.copytree(flowers / name, tmp_path / "two" / name)
+    options = ["--weights", run_dir / "best.pth", "--split", "all", "-j", 0]
+    two = run_eval("--data-path", "two", *options)
+    whole = run_eval("--data-path", flowers, *options)
+    kept = {row["class"]: row["recall"] for row in two["per_class"] if row["images"]}
+    assert kept == {
+        row["class"]: row["recall"] for row in whole["per_class"] if row["class"] in kept
+    }
+    assert list(kept) == ["roses", "tulips"]
+
+    (tmp_path / "two" / "roses").rename(tmp_path / "two" / "violets")
+    with pytest.raises(UsageError, match="violets are no classes of .*, which knows daisy"):
+        run_eval("--data-path", "two", *options)
+
+
+def test_eval_gives_top_5_where_there_are_more_than_five_classes(flowers, tmp_path):
+    names = {str(i): name for i, name in enumerate([*CLASSES, "violets"])}
+    (tmp_path / "class_indices.json").write_text(json.dumps(names))
+    torch.save(build_model("shufflenet_v2_x0_5", 6).state_dict(), tmp_path / "bare.pth")
+    result = run_eval("--data-path", flowers, "--weights", "bare.pth", "-j", 0)
+    assert result["accuracy"] <= result["top5"] <= 1
+
+
+# -- predict.py ----------------------------------------------------------------------------------
+
+
+def test_predict_prints_path_then_classes_best_first(flowers, run_dir, capsys):
+    picture = flowers / "roses" / "roses_000.jpg"
+    results = run_predict(picture, "--weights", run_dir / "best.pth")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(picture)
+    assert len(lines) == 6
+    probabilities = [guess["prob"] for guess in results[0]["predictions"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1)
+    first = results[0]["predictions"][0]
+    assert lines[1] == f"class: {first['class']:<12} prob: {first['prob']:.3f}"
+
+
+def test_predict_agrees_with_torchvision(flowers, run_dir):
+    """Decoding, preprocessing and network once more, by torchvision alone."""
+    from torchvision import transforms
+
+    file = torch.load(run_dir / "best.pth", weights_only=True)
+    theirs = torchvision.models.shufflenet_v2_x0_5(num_classes=5)
+    theirs.load_state_dict(file["model"])
+    pipeline = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
+    paths = sorted(flowers.glob("*/*_00[01].jpg"))
+    results = run_predict(*paths, "--weights", run_dir / "best.pth")
+    to_tensor = transforms.PILToTensor()
+    for path, result in zip(paths, results, strict=True):
+        picture = transforms.Resize(256)(Image.open(path).convert("RGB"))
+        image = transforms.functional.normalize(
+            to_tensor(transforms.CenterCrop(224)(picture)).float() / 255,
+            pipeline.mean,
+            pipeline.std,
+        )
+        with torch.inference_mode():
+            expected = theirs.eval()(image[None]).softmax(1)[0]
+        for guess in result["predictions"]:
+            assert guess["prob"] == pytest.approx(expected[CLASSES.index(guess["class"])].item())
+
+
+def test_predict_takes_folders_and_files_in_any_mix_and_order(flowers, run_dir, capsys):
+    places = [flowers / "tulips", flowers / "daisy" / "daisy_003.jpg", flowers]
+    results = run_predict(*places, "--weights", run_dir / "best.pth", "--json", "--topk", 2)
+    expected = [*sorted((flowers / "tulips").iterdir()), places[1], *sorted(flowers.glob("*/*"))]
+    assert [result["path"] for result in results] == list(map(str, expected))
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == results
+    assert all(len(result["predictions"]) == 2 for result in results)
+
+
+def test_predict_gives_no_more_classes_than_there_are(flowers, run_dir):
+    picture = flowers / "roses" / "roses_000.jpg"
+    results = run_predict(picture, "--weights", run_dir / "best.pth", "--topk", 99)
+    assert len(results[0]["predictions"]) == 5
+
+
+def test_predict_goes_on_after_a_picture_it_cannot_read(shell, flowers, tmp_path, run_dir):
+    shutil.copytree(flowers / "roses", tmp_path / "roses")
+    (tmp_path / "roses" / "roses_001.jpg").write_bytes(b"")
+    (tmp_path / "roses" / "a\x1b[31m.jpg").write_text("no picture")
+    result = shell("predict.py", "roses", "--weights", run_dir / "best.pth", "--json")
+    assert result.returncode == 1
+    assert len(result.stdout.splitlines()) == 7
+    assert "error: roses/roses_001.jpg: the file is empty" in result.stderr
+    assert "error: roses/a\\x1b[31m.jpg: not a picture" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: 2 of 9 pictures could not be read")
+
+
+def test_predict_takes_the_newest_run(flowers, tmp_path, run_dir):
+    shutil.copytree(run_dir, tmp_path / "runs" / "x")
+    assert len(run_predict(flowers / "roses")) == 8
+
+
+def test_predict_draws_without_a_display_and_says_so_when_asked_for_a_window(
+    shell, flowers, tmp_path, run_dir
+):
+    options = ["--weights", run_dir / "best.pth", "--save-plot", "plot.png"]
+    headless = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "MPLBACKEND": ""}
+    result = shell("predict.py", flowers / "roses", *options, env=headless)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "plot.png").width == 1200
+    if sys.platform == "linux":
+        result = shell("predict.py", flowers / "roses", *options, "--show", env=headless)
+        assert result.returncode == 1
+        assert "--show: there is no display here" in result.stderr
+
+
+def test_predict_warns_when_the_json_beside_the_weights_disagrees(
+    flowers, tmp_path, run_dir, capsys
+):
+    shutil.copytree(run_dir, tmp_path / "run")
+    names = {str(index): name for index, name in enumerate(reversed(CLASSES))}
+    (tmp_path / "run" / "class_indices.json").write_text(json.dumps(names))
+    results = run_predict(flowers / "roses", "--weights", "run/best.pth")
+    assert "class_indices.json names other classes than run/best.pth" in capsys.readouterr().err
+    expected = run_predict(flowers / "roses", "--weights", run_dir / "best.pth")
+    assert [r["predictions"] for r in results] == [r["predictions"] for r in expected]

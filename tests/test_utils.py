@@ -1,0 +1,199 @@
+"""Training for an epoch, evaluating, and the figures."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import utils
+from cli import RunError, UsageError
+from folders import split_pictures, with_labels
+from image import default_preprocessing
+from model import build_model
+from my_dataset import DeviceLoader, MyDataSet, eval_transform, train_transform
+
+CPU = torch.device("cpu")
+PREPROCESSING = default_preprocessing("shufflenet_v2_x0_5")
+
+
+@pytest.fixture
+def loader(flowers):
+    train, _ = split_pictures(flowers, 0.25, 0)
+    dataset = MyDataSet(*with_labels(train, list(train)), train_transform(PREPROCESSING))
+    return DeviceLoader(dataset, CPU, PREPROCESSING, batch_size=8, workers=0, shuffle=True)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return build_model("shufflenet_v2_x0_5", 5)
+
+
+def sgd(network, lr=0.01):
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr, momentum=0.9)
+
+
+def test_an_epoch_is_the_plain_loop_written_out(network, loader):
+    plain = copy.deepcopy(network)
+    result = utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=3)
+
+    optimizer, losses, correct = sgd(plain), 0.0, 0
+    plain.train()
+    loader.set_epoch(3)
+    for images, labels in loader:
+        logits = plain(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses += loss.item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key]), key
+    assert result["loss"] == pytest.approx(losses / 30, rel=1e-6)
+    assert result["accuracy"] == pytest.approx(correct / 30)
+    assert result["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "shufflenet_v1_x0_25_g3"])
+def test_frozen_layers_do_not_move_by_a_bit_and_fc_does(name, loader):
+    network = build_model(name, 5)
+    utils.freeze_layers(network)
+    before = copy.deepcopy(network.state_dict())
+    utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=0)
+    changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_without_freezing_everything_moves(network, loader):
+    before = copy.deepcopy(network.state_dict())
+    utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=0)
+    same = [k for k, v in network.state_dict().items() if torch.equal(v, before[k])]
+    assert len(same) < 10, same  # a weight of 1 may outlast gradients below its last bit
+
+
+def test_amp_trains_in_bfloat16_on_the_cpu(network, loader):
+    seen = []
+    network.conv5.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    result = utils.train_one_epoch(network, sgd(network), loader, CPU, 0, amp=torch.bfloat16)
+    assert math.isfinite(result["loss"])
+    assert set(seen) == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_hint(network, loader):
+    optimizer = sgd(network, lr=1e12)
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) after .* of epoch 1; use a smaller"):
+        utils.train_one_epoch(network, optimizer, loader, CPU, epoch=0)
+
+
+class Answers(nn.Module):
+    """Gives the logits it was made with, batch by batch."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.next = logits, 0
+
+    def forward(self, images):
+        first, self.next = self.next, self.next + len(images)
+        return self.logits[first : self.next]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_evaluate_counts_by_hand(flowers, batch_size):
+    train, _ = split_pictures(flowers, 0.01 + 1 / 8, 0)  # 7 of 8 pictures a class
+    paths, labels = with_labels(train, list(train))
+    dataset = MyDataSet(paths, labels, eval_transform(PREPROCESSING))
+    loader = DeviceLoader(dataset, CPU, PREPROCESSING, batch_size=batch_size, workers=0)
+    torch.manual_seed(0)
+    logits = torch.randn(35, 8)  # eight outputs, so that top-5 means something
+    result = utils.evaluate(Answers(logits), loader, CPU)
+
+    correct = in_top5 = loss = 0
+    confusion = [[0] * 8 for _ in range(8)]
+    for row, label in zip(logits.double().tolist(), labels, strict=True):
+        order = sorted(range(8), key=lambda i: -row[i])
+        correct += order[0] == label
+        in_top5 += label in order[:5]
+        loss += math.log(sum(map(math.exp, row))) - row[label]
+        confusion[label][order[0]] += 1
+    assert result["images"] == 35
+    assert result["accuracy"] == correct / 35
+    assert result["top5"] == in_top5 / 35
+    assert result["loss"] == pytest.approx(loss / 35, rel=1e-6)
+    assert result["confusion"].tolist() == confusion
+    assert result["predicted"].tolist() == logits.argmax(1).tolist()
+    torch.testing.assert_close(result["confidence"], logits.softmax(1).amax(1))
+
+
+def test_top5_of_five_classes_says_nothing(network, loader):
+    assert utils.evaluate(network, loader, CPU)["top5"] is None
+
+
+def test_evaluating_changes_nothing(network, loader):
+    before = copy.deepcopy(network.state_dict())
+    utils.evaluate(network, loader, CPU)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_class_report_by_hand():
+    confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
+    report = utils.class_report(confusion, ["a", "b", "c"])
+    assert report[0] == {
+        "class": "a",
+        "images": 4,
+        "precision": 3 / 5,
+        "recall": 3 / 4,
+        "f1": pytest.approx(2 * (3 / 5) * (3 / 4) / (3 / 5 + 3 / 4)),
+    }
+    assert (report[1]["precision"], report[1]["recall"]) == (4 / 5, 4 / 6)
+    assert report[2] == {"class": "c", "images": 0, "precision": None, "recall": None, "f1": None}
+
+
+def test_the_learning_rate_is_a_half_cosine():
+    torch_lr = torch.optim.lr_scheduler.CosineAnnealingLR
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = torch_lr(optimizer, T_max=10, eta_min=0.5 * 0.1)
+    for epoch in range(10):
+        lr = optimizer.param_groups[0]["lr"]
+        assert utils.cosine_lr(0.5, 0.1, epoch, 10) == pytest.approx(lr)
+        optimizer.step()
+        schedule.step()
+
+
+def test_choose_device_takes_what_is_there_and_names_what_is_not():
+    count = torch.cuda.device_count()
+    assert utils.choose_device("cpu") == CPU
+    auto = "cuda" if count else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert utils.choose_device("auto").type == auto
+    with pytest.raises(UsageError, match=f"--device cuda:{count}: torch sees {count} CUDA"):
+        utils.choose_device(f"cuda:{count}")
+    if auto != "mps":
+        with pytest.raises(UsageError, match="torch sees no Apple GPU"):
+            utils.choose_device("mps")
+
+
+def test_amp_is_off_on_the_cpu_unless_asked_for():
+    assert utils.amp_dtype(CPU, None) is None
+    assert utils.amp_dtype(CPU, False) is None
+    assert utils.amp_dtype(CPU, True) is torch.bfloat16
+
+
+def test_set_seed_repeats_every_generator():
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    utils.set_seed(5)
+    first = draw()
+    utils.set_seed(5)
+    assert draw() == first
+    utils.set_seed(6)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
