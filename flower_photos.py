@@ -3,6 +3,7 @@
 They are licensed CC BY 2.0; LICENSE.txt in the archive credits each photographer.
 """
 
+import gzip
 import hashlib
 import http.client
 import os
@@ -11,6 +12,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,6 +25,7 @@ SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 TRIES = 4
 TIMEOUT = 30  # seconds without a byte
+UNUSABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
@@ -74,7 +77,11 @@ def download_flower_photos(
             f"{url} gave {found_size} bytes with sha256 {found_sha256}, expected {size} with "
             f"{sha256}; nothing was kept; try again, or {by_hand}"
         )
-    _unpack(part, target)
+    try:
+        _unpack(part, target)
+    except UNUSABLE as error:
+        part.unlink()
+        raise RunError(f"{url} cannot be unpacked ({error}); nothing was kept; {by_hand}") from None
     part.unlink()
     return target
 
@@ -105,14 +112,11 @@ def _fetch(url: str, part: Path, size: int) -> None:
 def _unpack(archive: Path, target: Path) -> None:
     """Unpack beside `target`, then rename: a half-unpacked folder never has its name."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(scratch, filter="data")
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise RunError(f"{archive} cannot be unpacked ({error}); nothing was kept") from None
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(scratch, filter="data")
         folders = [path for path in Path(scratch).iterdir() if path.is_dir()]
         if len(folders) != 1:
-            raise RunError(f"{archive} holds {len(folders)} folders at its top, expected one")
+            raise ValueError(f"{len(folders)} folders at its top, expected one")
         try:
             os.rename(folders[0], target)
         except OSError:

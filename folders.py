@@ -138,8 +138,10 @@ def _draw(pictures: Pictures, val_rate: float, seed: int) -> tuple[Pictures, Pic
         for paths in pictures.values()
         for path in generator.sample(paths, int(len(paths) * val_rate))
     }
-    for same in _same_bytes([path for paths in pictures.values() for path in paths]):
-        where = "in one class" if len({os.path.dirname(p) for p in same}) == 1 else "IN TWO CLASSES"
+    class_of = {path: name for name, paths in pictures.items() for path in paths}
+    for same in _same_bytes(list(class_of)):
+        classes = {class_of[path] for path in same}
+        where = "in one class" if len(classes) == 1 else f"IN {len(classes)} CLASSES"
         notice(f"the same picture {len(same)} times {where}, kept together: {', '.join(same)}")
         if not drawn.issuperset(same):
             drawn.difference_update(same)

@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+
+from cli import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -20,6 +22,17 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # No picture needs more than this of its longer side: 100,000 x 1 pixels, resized to a shorter
 # side of 256, would be 19 GB, of which the crop keeps a millionth.
 MAX_ASPECT = 16
+
+# What makes a picture upright again, by its EXIF orientation; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -55,14 +68,16 @@ def load_rgb(path: str | Path) -> Image.Image:
             return _to_rgb(_upright(image))
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         # "from None": a worker process of a DataLoader must be able to pickle it.
-        raise ImageError(f"{path}: {_reason(path, error)}") from None
+        raise ImageError(f"{printable(path)}: {printable(_reason(path, error))}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF: the pixels are still good
         return image
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
