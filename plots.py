@@ -10,6 +10,8 @@ from PIL import Image
 from checkpoint import replacing
 from cli import RunError, printable
 
+MOST_NAMES = 200  # classes that a confusion matrix can name
+
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure atomically; the suffix chooses PNG, JPEG, PDF or SVG."""
@@ -53,27 +55,25 @@ def draw_confusion_matrix(confusion, classes: Sequence[str], title: str) -> Figu
         classes: n names.
     """
     n = len(classes)
-    side = max(4.5, min(0.19 * n, 40)) if n > 20 else 3 + 0.55 * n
-    figure = Figure(figsize=(side + 1.5, side + 1), layout="constrained")
+    large = n > 20
+    side = min(0.19 * n, 40) if large else 3 + 0.55 * n
+    figure = Figure(figsize=(side + 1.5, side + 1), dpi=120, layout="constrained")
     axes = figure.subplots()
     shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()  # (n,n)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    size = 10 if n <= 20 else 6
-    names = [short(name) for name in classes]
-    axes.set_xticks(range(n), names, rotation=45 if n <= 20 else 90, fontsize=size,
-                    ha="right" if n <= 20 else "center")  # fmt: skip
-    axes.set_yticks(range(n), names, fontsize=size)
+    if n <= MOST_NAMES:
+        names, size = [short(name) for name in classes], 6 if large else 10
+        turn = {"rotation": 90} if large else {"rotation": 45, "ha": "right"}
+        axes.set_xticks(range(n), names, fontsize=size, **turn)
+        axes.set_yticks(range(n), names, fontsize=size)
+        place = {"ha": "center", "va": "center", "fontsize": 4.5 if large else 10}
+        for row, column in confusion.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, confusion[row, column].item(), color=colour, **place)
     axes.set_xlabel("prediction")
     axes.set_ylabel("truth")
     axes.set_title(title)
-    for row in range(n):
-        for column in range(n):
-            if count := int(confusion[row, column]):
-                dark = shares[row, column] > 0.5
-                axes.text(column, row, count, ha="center", va="center", fontsize=size if n <= 20
-                          else 4.5, color="white" if dark else "black")  # fmt: skip
     figure.colorbar(shown, ax=axes, label="share of the class", fraction=0.04)
-    figure.set_dpi(120)
     return figure
 
 

@@ -32,15 +32,24 @@ def test_curves(tmp_path, epochs):
 @pytest.mark.parametrize("count", [2, 5, 102])
 def test_confusion_matrix_names_every_class_and_overlaps_none(tmp_path, count):
     names = [f"class number {i}" for i in range(count)]
-    figure = plots.draw_confusion_matrix(torch.eye(count, dtype=torch.long) * 7, names, "title")
+    confusion = torch.eye(count, dtype=torch.long) * 7
+    confusion[0, 1] = 3
+    figure = plots.draw_confusion_matrix(confusion, names, "title")
     plots.save_figure(figure, tmp_path / "matrix.png")
     axes = figure.axes[0]
-    labels = axes.get_yticklabels()
-    assert [label.get_text() for label in labels] == names
-    boxes = [label.get_window_extent() for label in labels]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == names
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
-    assert [text.get_text() for text in axes.texts] == ["7"] * count
-    assert all(size < 6000 for size in Image.open(tmp_path / "matrix.png").size)
+    assert [text.get_text() for text in axes.texts] == ["7", "3"] + ["7"] * (count - 1)
+    assert axes.texts[1].get_position() == (1, 0)  # row 0 is the truth, column 1 the prediction
+
+
+def test_confusion_matrix_of_a_thousand_classes_is_drawn_without_names(tmp_path):
+    figure = plots.draw_confusion_matrix(torch.ones(1000, 1000), [str(i) for i in range(1000)], "t")
+    plots.save_figure(figure, tmp_path / "matrix.png")
+    assert not figure.axes[0].texts
+    assert max(Image.open(tmp_path / "matrix.png").size) < 6000
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])
