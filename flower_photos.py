@@ -10,6 +10,7 @@ import os
 import sys
 import tarfile
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -24,6 +25,7 @@ SIZE = 228_813_984  # bytes
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 TRIES = 4
+PAUSE = 1  # seconds between them
 TIMEOUT = 30  # seconds without a byte
 UNUSABLE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
@@ -39,7 +41,7 @@ def download_flower_photos(
 
     Args:
         target: the folder to make; its parent also holds the unfinished download. Returned at
-            once where it exists.
+            once where it exists and is not empty.
         url: a gzipped tar archive with all its files below one folder.
         size: bytes of the archive.
         sha256: of the archive, in hexadecimal.
@@ -49,7 +51,7 @@ def download_flower_photos(
         OSError: the disk is full or not writable.
     """
     target = Path(target)
-    if target.is_dir():
+    if target.exists() and any(target.iterdir()):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.parent / f"{target.name}.tgz.part"
@@ -64,9 +66,13 @@ def download_flower_photos(
             break
         except BROKEN as error:
             reason = getattr(error, "reason", None) or error
-            if attempt == TRIES:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if refused:
+                part.unlink(missing_ok=True)  # or a part that is not of this file would stay
+            if refused or attempt == TRIES:
                 raise RunError(f"cannot download {url} ({reason}); {by_hand}") from None
             notice(f"the download stopped ({reason}); try {attempt + 1} of {TRIES}")
+            time.sleep(PAUSE)
 
     found_size = part.stat().st_size
     with open(part, "rb") as file:
@@ -101,7 +107,7 @@ def _fetch(url: str, part: Path, size: int) -> None:
                 initial=have, total=size, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr
             ) as bar,
         ):
-            while block := answer.read(1 << 16):
+            while have <= size and (block := answer.read(1 << 16)):
                 file.write(block)
                 bar.update(len(block))
                 have += len(block)

@@ -20,9 +20,9 @@ Pictures = dict[str, list[str]]  # class name -> paths
 def find_pictures(root: str | Path) -> Pictures:
     """List the pictures of every class.
 
-    Hidden files are passed over; hidden folders, folders without a picture and files that are no
-    pictures by their suffix are passed over with a notice. Pictures may lie in folders below the
-    class folder; links are followed, each folder once.
+    Passed over with a notice: hidden folders, folders without a picture, pictures outside the
+    class folders, files that are no pictures by their suffix. Passed over: hidden files. Pictures
+    may lie in folders below the class folder; links are followed, each folder once.
 
     Returns:
         {class name: sorted paths}, in sorted order of the names.
@@ -31,10 +31,11 @@ def find_pictures(root: str | Path) -> Pictures:
         UsageError: no folder of `root` holds a picture.
         OSError: a folder cannot be listed.
     """
-    pictures, others = {}, Counter()
+    pictures, others, loose = {}, Counter(), 0
     for name in sorted(os.listdir(root)):
         folder = os.path.join(root, name)
         if not os.path.isdir(folder):
+            loose += os.path.splitext(name)[1].lower() in SUFFIXES
             continue
         if name.startswith("."):
             notice(f"skipped {folder}: a hidden folder")
@@ -42,6 +43,8 @@ def find_pictures(root: str | Path) -> Pictures:
             pictures[name] = found
         else:
             notice(f"skipped {folder}: no picture in it")
+    if loose:
+        notice(f"skipped pictures of {root} that lie in no class folder: {loose}")
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
         notice(f"skipped files that are no pictures by their suffix: {kinds}")
@@ -105,8 +108,8 @@ def split_pictures(root: str | Path, val_rate: float, seed: int) -> tuple[Pictur
             if not pictures.get(name):
                 count = len(train.get(name, [])) + len(val.get(name, []))
                 raise UsageError(
-                    f"{root}: class {name} has no picture for {side}, of {count} in all; "
-                    f"add pictures, or change --val-rate (now {val_rate})"
+                    f"{root}: class {name} has no picture for {side}, of {count} in all; add "
+                    f"pictures{'' if folders else f', or change --val-rate (now {val_rate})'}"
                 )
     return train, val
 
@@ -126,9 +129,15 @@ def _train_and_val_folders(root: Path) -> tuple[Path, Path] | None:
     for name in ("val", "test"):
         pair = root / "train", root / name
         # A class may be called "train": then pictures, not folders, lie in it.
-        if all(p.is_dir() and any(child.is_dir() for child in p.iterdir()) for p in pair):
+        if all(map(_has_folders, pair)):
             return pair
     return None
+
+
+def _has_folders(path: Path) -> bool:
+    return path.is_dir() and any(
+        child.is_dir() and not child.name.startswith(".") for child in path.iterdir()
+    )
 
 
 def _draw(pictures: Pictures, val_rate: float, seed: int) -> tuple[Pictures, Pictures]:
@@ -157,8 +166,8 @@ def _notice_shared(train: Pictures, val: Pictures) -> None:
     shared = [p for p in _same_bytes([*known, *others]) if known & set(p) and others & set(p)]
     if shared:
         notice(
-            f"{len(shared)} pictures are both in training and in validation, which flatters the "
-            f"accuracy; the first: {', '.join(shared[0])}"
+            f"pictures that are both in training and in validation, which flatters the accuracy: "
+            f"{len(shared)}; the first: {', '.join(shared[0])}"
         )
 
 

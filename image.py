@@ -18,6 +18,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 # Pillow's own limit (a quarter of a GiB as RGB): above it Pillow warns, here it is an error.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged EXIF, at length
 
 # No picture needs more than this of its longer side: 100,000 x 1 pixels, resized to a shorter
 # side of 256, would be 19 GB, of which the crop keeps a millionth.

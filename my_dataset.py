@@ -117,8 +117,10 @@ class DeviceLoader:
         self.dataset = dataset
         self.device = device
         self.preprocessing = preprocessing
-        # For one process this is the sampler of torch that shuffles by (seed, epoch).
-        self.sampler = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=dataset.seed)
+        # For one process this is the sampler of torch that shuffles by seed + epoch; the factor
+        # keeps runs of neighbouring seeds from sharing their orders.
+        seed = dataset.seed * 1_000_003
+        self.sampler = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=seed)
         self.loader = DataLoader(
             dataset,
             batch_size=batch_size,

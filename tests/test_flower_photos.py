@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import flower_photos
 from cli import RunError
 from flower_photos import SHA256, SIZE, TRIES, URL, download_flower_photos
 
@@ -41,6 +42,11 @@ def archive(files: dict[str, bytes], links: dict[str, str] | None = None) -> byt
 GOOD = archive(FILES)
 
 
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch):
+    monkeypatch.setattr(flower_photos, "PAUSE", 0)
+
+
 @pytest.fixture
 def serve(monkeypatch):
     """Return a function that serves bytes and returns their URL and the list of requests.
@@ -61,7 +67,7 @@ def serve(monkeypatch):
                 begin = begin if ranges else 0
                 send = sends[len(requests)] if len(requests) < len(sends) else len(data)
                 requests.append(asked)
-                self.send_response(206 if begin else status)
+                self.send_response(206 if begin and status == 200 else status)
                 self.send_header("Content-Length", str(len(data) - begin))
                 self.end_headers()
                 self.wfile.write(data[begin : begin + send])
@@ -187,9 +193,21 @@ def test_without_network_one_line_says_what_to_fetch_and_where_to_put_it(tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-def test_a_missing_file_on_the_server_is_an_error(tmp_path, serve):
-    url, _ = serve(b"no such file", status=404)
-    with pytest.raises(RunError, match=f"cannot download {url}.*Not Found"):
+@pytest.mark.parametrize(("status", "words", "tries"), [(404, "Not Found", 1), (503, "", TRIES)])
+def test_a_server_that_refuses_is_asked_once_a_failing_one_again(
+    tmp_path, serve, status, words, tries
+):
+    url, requests = serve(b"no such file", status=status)
+    with pytest.raises(RunError, match=f"cannot download {url}.*{words}"):
+        download(tmp_path / "flowers", url)
+    assert len(requests) == tries
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_part_that_is_no_part_of_the_file_is_dropped(tmp_path, serve):
+    (tmp_path / "flowers.tgz.part").write_bytes(b"something else")
+    url, _ = serve(b"", status=416)
+    with pytest.raises(RunError, match="cannot download"):
         download(tmp_path / "flowers", url)
     assert os.listdir(tmp_path) == []
 

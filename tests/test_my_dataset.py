@@ -1,5 +1,6 @@
 """Data set, transforms and loader, against the pipeline of torchvision and the tutorial."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,14 @@ def test_batches_are_normalised_floats_and_the_last_is_smaller(paths):
     )
     expected = torch.stack([theirs(noise(40 + 10 * i, 90 - 10 * i, i)) for i in range(7)])
     assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+
+
+@pytest.mark.parametrize("make", [train_transform, eval_transform])
+def test_a_data_set_can_be_pickled_for_worker_processes(paths, make):
+    data = MyDataSet(paths, range(7), make(SMALL), seed=3)
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[4][0], data[4][0])
+    assert copy[4][1] == 4
 
 
 def test_workers_may_be_spawned(paths):
