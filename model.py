@@ -242,6 +242,10 @@ class ShuffleUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(branch_c)
         self.relu = nn.ReLU(inplace=True)
         self.shortcut = nn.Identity() if stride == 1 else nn.AvgPool2d(3, 2, padding=1)
+        if stride == 1:
+            # The unit starts as the identity (Goyal et al., arXiv 1706.02677, section 5.1). Else
+            # sixteen positive sums make the features so large that fc diverges at usual rates.
+            nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.pw1(x)))  # (N,C_in,H,W) -> (N,C_out/4,H,W)

@@ -178,6 +178,8 @@ def test_v1_unit_is_the_figure_of_the_paper():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
+                torch.nn.init.uniform_(module.weight, 0.5, 2)
+                torch.nn.init.normal_(module.bias)
         x = torch.randn(2, input_c, 6, 6, dtype=torch.float64)
 
         def normed(y, bn):
@@ -204,6 +206,11 @@ def test_v1_unit_is_the_figure_of_the_paper():
             pooled = padded.unfold(2, 3, 2).unfold(3, 3, 2).mean((4, 5))
             expected = torch.cat((pooled, y), 1).relu()
         torch.testing.assert_close(unit(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_v1_units_of_stride_1_start_as_the_identity():
+    x = torch.randn(2, 24, 6, 6).relu()
+    assert torch.equal(ShuffleUnit(24, 24, 1, 3)(x), x)
 
 
 def test_v1_stage_2_alone_starts_ungrouped():
