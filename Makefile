@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(VENV) train.py --data-path sample --model shufflenet_v2_x0_5 --epochs 15 --lr 0.02 --lrf 0.01
+	$(VENV) train.py --data-path sample --model shufflenet_v2_x0_5 --epochs 20 --lr 0.02 --lrf 0.01
 	$(VENV) predict.py data/sample/tulips/tulips_000.jpg
 
 test: lint
