@@ -16,37 +16,20 @@ the tutorial's, and those wrapped by DataParallel or torch.compile.
 
 import io
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from cli import RunError, UsageError, notice
+from files import replacing
 from image import default_preprocessing
 from model import VARIANTS, build_model
 
 HEAD = ("fc.weight", "fc.bias")
-
-
-@contextmanager
-def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that takes the place of `path` in one step when the block ends well; until
-    then, and if it fails, `path` stays as it was."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    try:
-        with open(temporary, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(state: dict, path: str | Path) -> None:
@@ -61,13 +44,6 @@ def save(state: dict, path: str | Path) -> None:
         file.write(buffer.getbuffer())
 
 
-def save_json(value: object, path: str | Path) -> None:
-    """Write JSON atomically, indented."""
-    with replacing(path, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-
-
 def load(path: str | Path) -> dict:
     """Read a weight file to the CPU with `weights_only=True`.
 
@@ -80,7 +56,9 @@ def load(path: str | Path) -> dict:
     except FileNotFoundError:
         raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        raise RunError(f"{path}: {_reason(error)}; export the state dict alone") from None
+        raise RunError(
+            f"{path}: {_reason(error)}; expected a file of torch.save(model.state_dict(), FILE)"
+        ) from None
     if not isinstance(state, dict):
         raise RunError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return state
@@ -110,9 +88,7 @@ def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
             raise UsageError(f"{path}: {name!r} is no tensor; expected a state dict")
         if value.is_floating_point() and not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite")
-        for prefix in ("module.", "_orig_mod."):
-            name = name.removeprefix(prefix)
-        weights[name] = value
+        weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = value
     if not weights:
         raise UsageError(f"{path}: holds no weights")
     return weights
@@ -126,7 +102,7 @@ def head_fits(model: nn.Module, weights: dict[str, Tensor]) -> bool:
 
 def load_weights(
     model: nn.Module, weights: dict[str, Tensor], source: str | Path, *, new_head: bool = False
-) -> NamedTuple:
+) -> _IncompatibleKeys:
     """Load a state dict into `model`.
 
     Args:
@@ -159,10 +135,11 @@ def load_weights(
     ]
     wrong += [f"{name} is unexpected" for name in weights if name not in own]
     if wrong:
+        name = _variant_of(weights)
         raise UsageError(
             f"{source} does not fit the model: {'; '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; name the --model that the "
-            "file was made for"
+            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; "
+            + (f"it is a {name}: use --model {name}" if name else "it fits no network here")
         )
     return model.load_state_dict(weights, strict=False)
 
@@ -228,7 +205,9 @@ def load_classifier(path: str | Path) -> Classifier:
         if beside.exists() and read_class_indices(beside) != classifier.classes:
             notice(f"{beside} names other classes than {path}; those in the checkpoint are used")
     else:
-        name = _variant_of(weights, path)
+        name = _variant_of(weights)
+        if name is None or "fc.weight" not in weights:
+            raise UsageError(f"{path}: its weights fit no network of this repository")
         classes = _class_names(Path(path), len(weights["fc.weight"]))
         model = build_model(name, len(classes))
         classifier = Classifier(model, name, classes, default_preprocessing(name), {})
@@ -263,7 +242,7 @@ def _positive(value: object) -> bool:
     return isinstance(value, float) and 0 < value < 1e3
 
 
-def _variant_of(weights: dict[str, Tensor], path: str | Path) -> str:
+def _variant_of(weights: dict[str, Tensor]) -> str | None:
     """The name of the variant whose shapes, the head's aside, are those of the state dict."""
 
     def shapes(state: dict[str, Tensor]) -> dict:
@@ -274,22 +253,24 @@ def _variant_of(weights: dict[str, Tensor], path: str | Path) -> str:
         }
 
     found = shapes(weights)
-    if "fc.weight" in weights:
-        for name in VARIANTS:
-            with torch.device("meta"):
-                model = build_model(name)
-            if shapes(model.state_dict()) == found:
-                return name
-    raise UsageError(f"{path}: its weights fit no network of this repository")
+    for name in VARIANTS:
+        with torch.device("meta"):
+            model = build_model(name)
+        if shapes(model.state_dict()) == found:
+            return name
+    return None
 
 
 def _class_names(path: Path, count: int) -> list[str]:
-    for file in (path.parent / "class_indices.json", Path(__file__).parent / "class_indices.json"):
-        if file.exists():
-            names = read_class_indices(file)
-            if len(names) == count:
-                return names
-            notice(f"{file} names {len(names)} classes, {path} has {count}: not used")
+    beside = path.parent / "class_indices.json"
+    if beside.exists():
+        names = read_class_indices(beside)
+        if len(names) == count:
+            return names
+        notice(f"{beside} names {len(names)} classes, {path} has {count}: not used")
+    names = read_class_indices(Path(__file__).parent / "class_indices.json")
+    if len(names) == count:
+        return names
     if count == 1000:
         from torchvision.models import ShuffleNet_V2_X1_0_Weights
 

@@ -17,6 +17,10 @@ from typing import NoReturn
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+FLOWER_PHOTOS = "data/flower_photos"  # downloaded when absent
+SAMPLE = "sample"  # drawn to data/sample
+
+
 class UsageError(ValueError):
     """A mistake of the caller found before the work starts (exit code 2)."""
 
@@ -65,7 +69,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def add_switch(group, name: str, default: bool, help: str) -> None:
+def add_switch(group: argparse._ActionsContainer, name: str, default: bool, help: str) -> None:
     """Add `--NAME`, `--NAME true|false` (as the tutorial's readers write it) and `--no-NAME`."""
     group.add_argument(
         f"--{name}", nargs="?", const=True, default=default, type=_switch, help=help,
@@ -101,7 +105,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
     return convert
 
 
-def add_device(group) -> None:
+def add_device(group: argparse._ActionsContainer) -> None:
     """Add `--device`."""
     group.add_argument(
         "--device",
@@ -118,7 +122,7 @@ def _device_name(text: str) -> str:
     return text
 
 
-def add_workers(group) -> None:
+def add_workers(group: argparse._ActionsContainer) -> None:
     """Add `--workers`; the default leaves one core to the network and is at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     group.add_argument(
@@ -131,13 +135,37 @@ def add_workers(group) -> None:
     )
 
 
-def add_amp(group) -> None:
+def add_amp(group: argparse._ActionsContainer) -> None:
     """Add `--amp` and `--no-amp`; None when neither is said."""
     group.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
         help="mixed precision (when neither is said: on CUDA only)",
     )
+
+
+def require_data(path: str) -> None:
+    """Raise UsageError unless the folder exists or is one that is made when absent."""
+    if path not in (FLOWER_PHOTOS, SAMPLE):
+        require_path(path, "--data-path", folder=True)
+
+
+def check_output_dir(path: str | None) -> None:
+    """Raise UsageError if results cannot go there."""
+    if path and os.path.exists(path) and not os.path.isdir(path):
+        raise UsageError(f"--output-dir {path}: not a folder")
+
+
+def say(text: str) -> None:
+    """A result line on stdout; work goes on when nobody reads it any more (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _close_stdout()
+
+
+def _close_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fresh_folder(name: str) -> Path:
@@ -177,7 +205,7 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
     except UsageError as error:
         code = _fail(error, 2)
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         code = 0
     except OSError as error:
         code = _fail(_os_error(error), 1)

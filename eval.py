@@ -4,12 +4,11 @@
     python eval.py --data-path FOLDER --split all
 
 Prints a table of the classes and, last, one JSON object. Writes to the output folder:
-confusion_matrix.png, mistakes.png (the most confident wrong answers), per_class.csv and
-metrics.json.
+confusion_matrix.png, mistakes.png (the wrong answers with the largest loss), mistakes.csv (all of
+them), per_class.csv and metrics.json.
 """
 
 import argparse
-import csv
 import json
 import time
 from pathlib import Path
@@ -25,9 +24,9 @@ def build_parser() -> cli.Parser:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data-path",
-        default="data/flower_photos",
         metavar="DIR",
-        help="folder with one folder per class, or with train/ and val/ (or test/) of such folders",
+        help="folder with one folder per class, or with train/ and val/ (or test/) of such "
+        "folders, or 'sample' (when not said: the run's, or data/flower_photos)",
     )
     data.add_argument(
         "--split",
@@ -69,7 +68,9 @@ def build_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> dict:
     """Evaluate as the options say; returns what the last line prints."""
     start = time.perf_counter()
-    cli.require_path(args.data_path, "--data-path", folder=True)
+    if args.data_path:
+        cli.require_data(args.data_path)
+    cli.check_output_dir(args.output_dir)
     weights = args.weights or cli.newest_run("best.pth")
     cli.require_path(weights, "--weights")
 
@@ -78,6 +79,7 @@ def main(args: argparse.Namespace) -> dict:
     import folders
     import plots
     import utils
+    from files import save_json, save_rows
     from image import load_rgb
     from my_dataset import DeviceLoader, MyDataSet, eval_transform
 
@@ -85,13 +87,16 @@ def main(args: argparse.Namespace) -> dict:
     classifier = checkpoint.load_classifier(weights)
     classes = classifier.classes
 
-    # The same split as in training, classes by the name of their folder.
+    # The data and the split of the run unless said otherwise; classes by the name of their folder.
+    data_path = args.data_path or classifier.args.get("data_path", cli.FLOWER_PHOTOS)
+    cli.require_data(data_path)
+    root = utils.prepare_data(data_path)
     val_rate = args.val_rate or classifier.args.get("val_rate", 0.2)
     seed = classifier.args.get("seed", 0) if args.seed is None else args.seed
-    pictures = folders.pictures_of(args.data_path, args.split, val_rate, seed)
+    pictures = folders.pictures_of(root, args.split, val_rate, seed)
     if unknown := sorted(pictures.keys() - set(classes)):
         raise UsageError(
-            f"{args.data_path}: {', '.join(unknown)} are no classes of {weights}, which knows "
+            f"{root}: {weights} knows no class called {', '.join(unknown)}, only "
             f"{', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
         )
     paths, labels = folders.with_labels(pictures, classes)
@@ -103,7 +108,8 @@ def main(args: argparse.Namespace) -> dict:
         batch_size=args.batch_size,
         workers=args.workers,
     )
-    notice(f"{len(dataset)} pictures of {args.data_path}, split {args.split}, on {device}")
+    name = classifier.model_name
+    notice(f"{name}, {len(dataset)} pictures of {root}, split {args.split}, on {device}")
 
     model = classifier.model.to(device)
     result = utils.evaluate(model, loader, device, amp=utils.amp_dtype(device, args.amp))
@@ -123,46 +129,63 @@ def main(args: argparse.Namespace) -> dict:
     title = f"{args.split}, {result['images']} pictures, accuracy {result['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(result["confusion"], classes, title)
     plots.save_figure(figure, output_dir / "confusion_matrix.png")
-    mistakes = [
-        (
-            load_rgb(paths[i]),
-            f"is {plots.short(classes[labels[i]])}\n"
-            f"taken for {plots.short(classes[predicted])} ({confidence:.2f})",
-        )
-        for i, predicted, confidence in _worst(result, labels)
-    ]
+    mistakes = _mistakes(result, paths, labels, classes)
+    save_rows(mistakes, output_dir / "mistakes.csv")
     if mistakes:
-        plots.save_figure(plots.draw_pictures(mistakes), output_dir / "mistakes.png")
-    with checkpoint.replacing(output_dir / "per_class.csv", "w") as file:
-        rows = csv.DictWriter(file, report[0])
-        rows.writeheader()
-        rows.writerows(report)
-    checkpoint.save_json(summary | {"per_class": report}, output_dir / "metrics.json")
+        shown = [(load_rgb(row["path"]), _caption(row)) for row in mistakes[:MISTAKES]]
+        plots.save_figure(plots.draw_pictures(shown), output_dir / "mistakes.png")
+    save_rows(report, output_dir / "per_class.csv")
+    save_json(summary | {"per_class": report}, output_dir / "metrics.json")
 
     _print_table(report, result)
     summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(output_dir)}
-    print(json.dumps(summary))
+    cli.say(json.dumps(summary))
     return summary | {"per_class": report}
 
 
-def _worst(result: dict, labels: list[int]) -> list[tuple[int, int, float]]:
-    """Index, predicted class and its probability of the wrong answers with the largest loss."""
-    order = result["losses"].argsort(descending=True).tolist()
-    predicted, confidence = result["predicted"].tolist(), result["confidence"].tolist()
-    wrong = [(i, predicted[i], confidence[i]) for i in order if predicted[i] != labels[i]]
-    return wrong[:MISTAKES]
+def _mistakes(result: dict, paths: list[str], labels: list[int], classes: list[str]) -> list[dict]:
+    """The wrong answers, largest loss first."""
+    columns = zip(
+        paths,
+        labels,
+        result["predicted"].tolist(),
+        result["confidence"].tolist(),
+        result["losses"].tolist(),
+        strict=True,
+    )
+    rows = [
+        {
+            "path": path,
+            "class": classes[label],
+            "prediction": classes[predicted],
+            "prob": confidence,
+            "loss": loss,
+        }
+        for path, label, predicted, confidence, loss in columns
+        if predicted != label
+    ]
+    return sorted(rows, key=lambda row: -row["loss"])
+
+
+def _caption(row: dict) -> str:
+    from plots import short
+
+    name = short(Path(row["path"]).name, 34)
+    return (
+        f"{name}\nis {short(row['class'])}\ntaken for {short(row['prediction'])} {row['prob']:.2f}"
+    )
 
 
 def _print_table(report: list[dict], result: dict) -> None:
     width = max(len("class"), *(len(printable(row["class"])) for row in report))
-    print(f"{'class':{width}}  images  precision  recall      f1")
+    cli.say(f"{'class':{width}}  images  precision  recall      f1")
     for row in report:
         figures = (row["precision"], row["recall"], row["f1"])
         precision, recall, f1 = ("-" if x is None else f"{x:.3f}" for x in figures)
         name = printable(row["class"])
-        print(f"{name:{width}}  {row['images']:6}  {precision:>9}  {recall:>6}  {f1:>6}")
+        cli.say(f"{name:{width}}  {row['images']:6}  {precision:>9}  {recall:>6}  {f1:>6}")
     top5 = "" if result["top5"] is None else f"  Acc@5 {100 * result['top5']:.3f}"
-    print(f"* Acc@1 {100 * result['accuracy']:.3f}{top5}  loss {result['loss']:.4f}")
+    cli.say(f"* Acc@1 {100 * result['accuracy']:.3f}{top5}  loss {result['loss']:.4f}")
 
 
 if __name__ == "__main__":

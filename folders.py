@@ -14,6 +14,8 @@ from pathlib import Path
 from cli import UsageError, notice
 from image import SUFFIXES
 
+MOST_NOTICES = 5  # of duplicates, one by one
+
 Pictures = dict[str, list[str]]  # class name -> paths
 
 
@@ -62,13 +64,14 @@ def pictures_below(folder: str, others: Counter) -> list[str]:
     def stop(error: OSError) -> None:
         raise error
 
-    found, seen = [], set()
+    # Folders seen are not entered again, nor are those above: a link may point back up.
+    above = {*Path(os.path.abspath(folder)).parents, *Path(folder).resolve().parents}
+    found, seen = [], {_identity(parent) for parent in above} - {_identity(folder)}
     for here, folders, files in os.walk(folder, followlinks=True, onerror=stop):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up
+        if _identity(here) in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(_identity(here))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
@@ -81,11 +84,17 @@ def pictures_below(folder: str, others: Counter) -> list[str]:
     return sorted(found)
 
 
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
 def split_pictures(root: str | Path, val_rate: float, seed: int) -> tuple[Pictures, Pictures]:
     """Split into a training and a validation part, {class: paths} each.
 
     `root` holds either one folder per class, of which `int(n * val_rate)` pictures a class go to
-    validation, drawn from the seed; or `train/` and `val/` (or `test/`), taken as they are.
+    validation, drawn from the seed; or `train/` and `val/` (or `valid/`, `validation/`, `test/`),
+    taken as they are.
     Pictures that are the same to the byte stay together: where the draw parts them, all of them
     go to training. Nothing is written.
 
@@ -126,12 +135,18 @@ def pictures_of(root: str | Path, split: str, val_rate: float, seed: int) -> Pic
 
 
 def _train_and_val_folders(root: Path) -> tuple[Path, Path] | None:
-    for name in ("val", "test"):
-        pair = root / "train", root / name
-        # A class may be called "train": then pictures, not folders, lie in it.
-        if all(map(_has_folders, pair)):
-            return pair
-    return None
+    # A class may be called "train": then pictures, not folders, lie in it.
+    sides = {child.name.lower(): child for child in sorted(root.iterdir()) if _has_folders(child)}
+    others = [name for name in ("val", "valid", "validation", "test") if name in sides]
+    if "train" not in sides:
+        return None
+    if not others:
+        if sum(child.is_dir() and child.name[0] != "." for child in root.iterdir()) > 1:
+            return None
+        raise UsageError(f"{root}: holds {sides['train'].name}/ but no val/ or test/ beside it")
+    if len(others) > 1:
+        notice(f"{root}: validation is {others[0]}/; {', '.join(others[1:])}/ is not used")
+    return sides["train"], sides[others[0]]
 
 
 def _has_folders(path: Path) -> bool:
@@ -148,10 +163,14 @@ def _draw(pictures: Pictures, val_rate: float, seed: int) -> tuple[Pictures, Pic
         for path in generator.sample(paths, int(len(paths) * val_rate))
     }
     class_of = {path: name for name, paths in pictures.items() for path in paths}
-    for same in _same_bytes(list(class_of)):
+    groups = _same_bytes(list(class_of))
+    for same in groups[:MOST_NOTICES]:
         classes = {class_of[path] for path in same}
         where = "in one class" if len(classes) == 1 else f"IN {len(classes)} CLASSES"
         notice(f"the same picture {len(same)} times {where}, kept together: {', '.join(same)}")
+    if len(groups) > MOST_NOTICES:
+        notice(f"{len(groups)} pictures in all stand there more than once")
+    for same in groups:
         if not drawn.issuperset(same):
             drawn.difference_update(same)
     train = {name: [p for p in paths if p not in drawn] for name, paths in pictures.items()}

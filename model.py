@@ -59,6 +59,12 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
 
 
+def _head(input_c: int, num_classes: int) -> nn.Linear:
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, must be at least 1")
+    return nn.Linear(input_c, num_classes)
+
+
 def _stem(channels: int) -> tuple[nn.Sequential, nn.MaxPool2d]:
     """The start that both versions share: (N,3,H,W) -> (N,channels,H/4,W/4)."""
     conv = nn.Conv2d(3, channels, 3, 2, padding=1, bias=False)
@@ -140,7 +146,7 @@ class ShuffleNetV2(nn.Module):
         inverted_residual: the unit, called with (input_c, output_c, stride).
 
     Raises:
-        ValueError: a list has the wrong length, or a unit refuses its widths.
+        ValueError: a list has the wrong length, a unit refuses its widths, or there is no class.
     """
 
     def __init__(
@@ -168,7 +174,7 @@ class ShuffleNetV2(nn.Module):
         self.conv5 = nn.Sequential(
             _pointwise(input_c, conv5_c), nn.BatchNorm2d(conv5_c), nn.ReLU(inplace=True)
         )
-        self.fc = nn.Linear(conv5_c, num_classes)
+        self.fc = _head(conv5_c, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pictures (N, 3, H, W) to what `fc` sees, (N, channels of conv5)."""
@@ -257,14 +263,17 @@ class ShuffleUnit(nn.Module):
         return self.relu(y)
 
 
-# Channels of conv1 and of stage 2, by groups and width; stages 3 and 4 double. The paper prints
-# the row of width 1.0 (table 1) and says of the others only "scale the number of filters".
-# The rule here: stage 2 is the scaled width, rounded (halves up) to a multiple of 4 * groups, so
-# that the bottleneck divides into groups. conv1 is megvii's 12, 12, 24, 24, 48, or, where that
-# does not divide by the groups or strays over 5 % from the paper's 13, 38, 140, 292, 524 million
-# multiply-adds, the nearest multiple of 4 and of the groups that does not. (8 groups at 0.25 are
-# the one case where none fits without the classifier: 12.04 M, 12.43 M with it.)
-# 3 and 8 groups from 0.5 up are thereby megvii's tables.
+# Channels of conv1 and of stage 2, by groups and width; stages 3 and 4 double. The paper prints the
+# row of width 1.0 (table 1) and of the others says only to scale the number of filters. The rule:
+#
+#   stage 2  the scaled width, rounded (halves up) to a multiple of 4 * groups, so that the
+#            bottleneck divides into the groups
+#   conv1    12, 12, 24, 24, 48 by width, as megvii's code has it; where that does not divide by the
+#            groups, or strays over 5 % from the paper's 13, 38, 140, 292, 524 million
+#            multiply-adds, the nearest multiple of 4 and of the groups that does not
+#
+# For 3 and 8 groups from 0.5 up these are megvii's tables. One case fits no conv1: 8 groups at 0.25
+# cost 12.04 M, within 5 % of 13 only with the classifier (12.43 M).
 _V1_CHANNELS = {
     # width:   0.25        0.5         1.0         1.5         2.0
     1: {0.25: (12, 36), 0.5: (12, 72), 1.0: (24, 144), 1.5: (20, 216), 2.0: (48, 288)},
@@ -284,7 +293,7 @@ class ShuffleNetV1(nn.Module):
         num_classes: outputs of `fc`.
 
     Raises:
-        ValueError: groups or width are none of these.
+        ValueError: groups or width are none of these, or there is no class.
     """
 
     def __init__(self, groups: int = 3, width: float = 1.0, num_classes: int = 1000) -> None:
@@ -304,7 +313,7 @@ class ShuffleNetV1(nn.Module):
             stages.append(nn.Sequential(*units))
             input_c, output_c = output_c, 2 * output_c
         self.stage2, self.stage3, self.stage4 = stages
-        self.fc = nn.Linear(input_c, num_classes)
+        self.fc = _head(input_c, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pictures (N, 3, H, W) to what `fc` sees, (N, channels of stage 4)."""
@@ -350,8 +359,6 @@ def build_model(name: str, num_classes: int = 1000) -> ShuffleNetV1 | ShuffleNet
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=4, cutoff=0)
         raise ValueError(f"no model is called {name!r}; the nearest are {', '.join(near)}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}, must be at least 1")
     return VARIANTS[name](num_classes=num_classes)
 
 

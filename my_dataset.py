@@ -19,7 +19,8 @@ class MyDataSet(Dataset):
         images_class: one class index per picture.
         transform: called with the RGB picture; draws from torch's global generator.
         seed: with the epoch and the index it decides what `transform` draws for a picture, so
-            neither the order nor the number of worker processes changes the result.
+            neither the order nor the number of worker processes changes the result; the epoch is
+            set by `DeviceLoader.set_epoch`. None leaves drawing to torch's generator.
 
     Raises:
         ValueError: the two lists differ in length.
@@ -31,7 +32,7 @@ class MyDataSet(Dataset):
         images_path: Sequence[str],
         images_class: Sequence[int],
         transform: Callable[[Image.Image], Tensor] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if len(images_path) != len(images_class):
             raise ValueError(f"{len(images_path)} pictures but {len(images_class)} classes")
@@ -47,12 +48,14 @@ class MyDataSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor | Image.Image, int]:
         image = load_rgb(self.images_path[index])
-        if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                mixed = (self.seed * 1_000_003 + int(self.epoch)) * 1_000_003 + index
-                torch.default_generator.manual_seed(mixed % 2**63)
-                image = self.transform(image)
-        return image, self.images_class[index]
+        if self.transform is None:
+            return image, self.images_class[index]
+        if self.seed is None:
+            return self.transform(image), self.images_class[index]
+        with torch.random.fork_rng(devices=[]):
+            mixed = (self.seed * 1_000_003 + int(self.epoch)) * 1_000_003 + index
+            torch.default_generator.manual_seed(mixed % 2**63)
+            return self.transform(image), self.images_class[index]
 
     @staticmethod
     def collate_fn(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -90,6 +93,14 @@ def normalize(images: Tensor, preprocessing: dict) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
+def epoch_sampler(dataset: Sequence, shuffle: bool, seed: int | None) -> DistributedSampler:
+    """Every index once, in an order of (seed, epoch) if shuffled; `set_epoch` chooses the epoch."""
+    # For one process, torch's sampler of distributed training is just this. It adds seed and epoch;
+    # the factor keeps runs of neighbouring seeds from sharing their orders.
+    seed = (seed or 0) * 1_000_003
+    return DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+
+
 class DeviceLoader:
     """A DataLoader whose batches arrive on the device as normalised floats.
 
@@ -117,10 +128,7 @@ class DeviceLoader:
         self.dataset = dataset
         self.device = device
         self.preprocessing = preprocessing
-        # For one process this is the sampler of torch that shuffles by seed + epoch; the factor
-        # keeps runs of neighbouring seeds from sharing their orders.
-        seed = dataset.seed * 1_000_003
-        self.sampler = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=seed)
+        self.sampler = epoch_sampler(dataset, shuffle, dataset.seed)
         self.loader = DataLoader(
             dataset,
             batch_size=batch_size,

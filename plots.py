@@ -1,14 +1,33 @@
 """Every picture the project draws; all but `show_pictures` without pyplot, so without a window."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import matplotlib
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from checkpoint import replacing
-from cli import RunError, printable
+from cli import RunError, notice, printable
+from files import replacing
+
+if TYPE_CHECKING:  # torch is not imported to draw
+    from torch import Tensor
+
+# Matplotlib's own font, then those with Chinese, Japanese and Korean letters that are installed.
+FONTS = ["DejaVu Sans"]
+FONTS += sorted(
+    {font.name for font in font_manager.fontManager.ttflist}
+    & {
+        "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+        "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB",
+        "Heiti TC", "Arial Unicode MS",
+    }
+)  # fmt: skip
+matplotlib.rcParams["font.family"] = FONTS
 
 MOST_NAMES = 200  # classes that a confusion matrix can name
 
@@ -42,12 +61,12 @@ def draw_curves(history: Sequence[dict]) -> Figure:
     rate.set_ylim(bottom=0)
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     return figure
 
 
-def draw_confusion_matrix(confusion, classes: Sequence[str], title: str) -> Figure:
+def draw_confusion_matrix(confusion: "Tensor", classes: Sequence[str], title: str) -> Figure:
     """Rows are the truth, columns the prediction; shades are the share of a row.
 
     Args:
@@ -56,8 +75,8 @@ def draw_confusion_matrix(confusion, classes: Sequence[str], title: str) -> Figu
     """
     n = len(classes)
     large = n > 20
-    side = min(0.19 * n, 40) if large else 3 + 0.55 * n
-    figure = Figure(figsize=(side + 1.5, side + 1), dpi=120, layout="constrained")
+    side = min(0.19 * n, 36) if large else 3 + 0.55 * n
+    figure = Figure(figsize=(side + 1.5, side + 1), dpi=150, layout="constrained")
     axes = figure.subplots()
     shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()  # (n,n)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -73,7 +92,7 @@ def draw_confusion_matrix(confusion, classes: Sequence[str], title: str) -> Figu
     axes.set_xlabel("prediction")
     axes.set_ylabel("truth")
     axes.set_title(title)
-    figure.colorbar(shown, ax=axes, label="share of the class", fraction=0.04)
+    figure.colorbar(shown, ax=axes, label="share of the class", fraction=0.02, pad=0.02)
     return figure
 
 
@@ -89,18 +108,19 @@ def draw_pictures(
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     lines = max(caption.count("\n") + 1 for _, caption in pictures)
+    tallest = max(image.height / image.width for image, _ in pictures)
     # One picture gets a large panel, a grid smaller ones.
-    side = 5 if columns == 1 else 3
+    side, size = (5, 11) if columns == 1 else (3, 9)
+    height = side * min(tallest, 1.5) + lines * 1.4 * size / 72 + 0.15
     figure = figure or Figure()
-    figure.set_size_inches(side * columns, (side + 0.22 * lines) * rows)
+    figure.set_size_inches(side * columns, height * rows)
     figure.set_layout_engine("constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel in panels:
+    for panel in figure.subplots(rows, columns, squeeze=False).flat:
         panel.axis("off")
     for panel, (image, caption) in zip(figure.axes, pictures, strict=False):
         image.thumbnail((640, 640))
         panel.imshow(image)
-        panel.set_title(caption, fontsize=11 if columns == 1 else 9, parse_math=False)
+        panel.set_title(caption, fontsize=size, parse_math=False)
     return figure
 
 
@@ -119,7 +139,18 @@ def show_pictures(pictures: Sequence[tuple[Image.Image, str]]) -> None:
     plt.show()
 
 
-def short(name: str) -> str:
-    """A class name that fits beside an axis."""
+def short(name: str, length: int = 24) -> str:
+    """A name that fits beside an axis, in letters that can be drawn."""
     name = printable(name)
-    return name if len(name) <= 24 else name[:23] + "…"
+    name = name if len(name) <= length else name[: length - 1] + "…"
+    if not _letters().issuperset(map(ord, name)):
+        notice(f"no font here can draw {name}: install one, such as Noto Sans CJK")
+        name = "".join(c if ord(c) in _letters() else ascii(c)[1:-1] for c in name)
+    return name
+
+
+@cache
+def _letters() -> set[int]:
+    """Code points that the fonts in use have a glyph for."""
+    fonts = (font_manager.get_font(font_manager.findfont(name)) for name in FONTS)
+    return {code for font in fonts for code in font.get_charmap()}

@@ -14,9 +14,15 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cli
 from cli import RunError, UsageError, notice, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from checkpoint import Classifier
 
 BATCH = 32  # pictures per step
 PANELS = 32  # pictures in a plot
@@ -79,7 +85,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         else:
             print(printable(path))
             for guess in answer:
-                print(f"class: {printable(guess['class']):<12} prob: {guess['prob']:.3f}")
+                print(f"class: {printable(guess['class']):<10}   prob: {guess['prob']:.3f}")
 
     if results and (args.save_plot or args.show):
         _plot(results, args)
@@ -89,7 +95,7 @@ def main(args: argparse.Namespace) -> list[dict]:
 
 
 def classify(
-    paths: list[str], classifier, device, topk: int
+    paths: list[str], classifier: "Classifier", device: "torch.device", topk: int
 ) -> Iterator[tuple[str, list[dict] | Exception]]:
     """Classify pictures in batches, in order.
 
@@ -168,7 +174,10 @@ def _plot(results: list[dict], args: argparse.Namespace) -> None:
     pictures = [
         (
             load_rgb(result["path"]),
-            "\n".join(f"{plots.short(g['class'])}  {g['prob']:.3f}" for g in result["predictions"]),
+            "\n".join(
+                [plots.short(Path(result["path"]).name, 34)]
+                + [f"{plots.short(g['class'])}  {g['prob']:.3f}" for g in result["predictions"]]
+            ),
         )
         for result in results[:PANELS]
     ]

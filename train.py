@@ -9,16 +9,18 @@ and, last, one JSON object.
 """
 
 import argparse
-import csv
 import json
+import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cli
-from cli import UsageError, notice
+from cli import RunError, UsageError, notice
 
-FLOWER_PHOTOS = "data/flower_photos"
-SAMPLE = "data/sample"
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def build_parser() -> cli.Parser:
@@ -26,7 +28,7 @@ def build_parser() -> cli.Parser:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data-path",
-        default=FLOWER_PHOTOS,
+        default=cli.FLOWER_PHOTOS,
         metavar="DIR",
         help="folder with one folder per class, or with train/ and val/ (or test/) of such "
         "folders; the default is downloaded when absent; 'sample' draws flowers to try things on",
@@ -55,6 +57,14 @@ def build_parser() -> cli.Parser:
         "'' starts from nothing",
     )
     cli.add_switch(network, "freeze-layers", False, "train the last layer, fc, alone")
+    network.add_argument(
+        "--cache-features",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --freeze-layers: compute what fc sees of each picture once, without "
+        "augmentation, and keep it in .cache/; other defaults then hold for --lr, --batch-size and "
+        "--weight-decay: 0.03, 64, 0.1",
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--epochs", type=cli.number(int, 1), default=30, metavar="N", help="passes over the data"
@@ -76,6 +86,15 @@ def build_parser() -> cli.Parser:
         default=0.1,
         metavar="SHARE",
         help="the cosine ends at lr * lrf",
+    )
+    training.add_argument(
+        "--wd",
+        "--weight-decay",
+        dest="weight_decay",
+        type=cli.number(float, 0, 1e3),
+        default=4e-5,
+        metavar="DECAY",
+        help="weight decay of SGD",
     )
     training.add_argument(
         "--seed", type=cli.number(int, 0, 2**31), default=0, metavar="N",
@@ -110,8 +129,10 @@ def main(args: argparse.Namespace) -> dict:
     from torch.utils.tensorboard import SummaryWriter
 
     import checkpoint
+    import features
     import folders
     import utils
+    from files import save_json
     from image import default_preprocessing
     from model import build_model
     from my_dataset import DeviceLoader, MyDataSet, eval_transform, train_transform
@@ -120,64 +141,78 @@ def main(args: argparse.Namespace) -> dict:
     state = checkpoint.load(resume_from) if resume_from else None
     if state:
         args = _options_of_run(args, state, resume_from)
+    cached = args.freeze_layers and args.cache_features
+    if cached and not state:  # what the user typed wins
+        vars(args).update({k: v for k, v in features.RECIPE.items() if k not in args.given})
     device = utils.choose_device(args.device)
     amp = utils.amp_dtype(device, args.amp)
-
-    # Network.
-    try:
-        build_model(args.model, num_classes=1)
-    except ValueError as error:
-        raise UsageError(f"--model: {error}") from None
     preprocessing = default_preprocessing(args.model)
+    weights = _read_weights(args.model, "" if state else args.weights)
 
     # Data.
-    root = _prepare_data(args.data_path)
+    root = utils.prepare_data(args.data_path)
     train_pictures, val_pictures = folders.split_pictures(root, args.val_rate, args.seed)
     classes = list(train_pictures)
-    train_set = MyDataSet(
-        *folders.with_labels(train_pictures, classes), train_transform(preprocessing), args.seed
-    )
-    val_set = MyDataSet(*folders.with_labels(val_pictures, classes), eval_transform(preprocessing))
-    options = {"batch_size": args.batch_size, "workers": args.workers}
-    train_loader = DeviceLoader(train_set, device, preprocessing, shuffle=True, **options)
-    val_loader = DeviceLoader(val_set, device, preprocessing, **options)
-    counts = f"{len(train_set)} pictures to train, {len(val_set)} to validate"
+    train = folders.with_labels(train_pictures, classes)
+    val = folders.with_labels(val_pictures, classes)
+    counts = f"{len(train[0])} pictures to train, {len(val[0])} to validate"
     notice(f"{counts}, in {len(classes)} classes")
 
+    # Network.
     utils.set_seed(args.seed)
     model = build_model(args.model, len(classes))
     if state:
         if state.get("classes") != classes:
             raise UsageError(f"{resume_from} was trained on {state.get('classes')}, not {classes}")
         checkpoint.load_weights(model, checkpoint.state_dict_of(state, resume_from), resume_from)
-    elif args.weights:
-        _load_start(model, args.weights, args.model, classes)
+    elif weights:
+        _load_weights(model, weights, classes)
     if args.freeze_layers:
         utils.freeze_layers(model)
         if not args.weights:
             notice("--freeze-layers without --weights: the frozen layers hold random weights")
     model.to(device)
 
+    # What is trained, and on what.
+    options = {"batch_size": args.batch_size, "workers": args.workers}
+    if cached:
+        learner, train_loader, val_loader = features.head_and_loaders(
+            model, train, val, preprocessing, device, amp=amp, seed=args.seed, **options
+        )
+        amp = None  # the head is a single small layer
+    else:
+        learner = model
+        train_set = MyDataSet(*train, train_transform(preprocessing), args.seed)
+        val_set = MyDataSet(*val, eval_transform(preprocessing))
+        train_loader = DeviceLoader(train_set, device, preprocessing, shuffle=True, **options)
+        val_loader = DeviceLoader(val_set, device, preprocessing, **options)
+
     # Optimizer.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=4e-5)
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     history, best = [], None
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         history, best = state["history"], state["best"]
+        if cached:
+            learner.load_state_dict(state["head"])
 
     # Output folder.
     output_dir = Path(args.output_dir or cli.fresh_folder(args.model))
     output_dir.mkdir(parents=True, exist_ok=True)
     saved_args = {name: value for name, value in vars(args).items() if name not in _NOT_SAVED}
     saved_args["output_dir"] = str(output_dir)
-    checkpoint.save_json(saved_args, output_dir / "args.json")
+    save_json(saved_args, output_dir / "args.json")
     names = {str(index): name for index, name in enumerate(classes)}
-    checkpoint.save_json(names, output_dir / "class_indices.json")
+    save_json(names, output_dir / "class_indices.json")
+    if resume_from:
+        _bring_best(resume_from.parent, output_dir)
     writer = SummaryWriter(output_dir, purge_step=len(history) + 1)
     notice(f"writing to {output_dir}, training on {device}{f' in {amp}' if amp else ''}")
+    if len(history) >= args.epochs:
+        notice(f"all {args.epochs} epochs are done; --epochs N with a larger N trains on")
 
     for epoch in range(len(history), args.epochs):
         # Each epoch has its own seed, so a run that goes on draws what it would have drawn.
@@ -186,11 +221,18 @@ def main(args: argparse.Namespace) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = lr
         trained_for = utils.train_one_epoch(
-            model, optimizer, train_loader, device, epoch, amp=amp, scaler=scaler
+            learner, optimizer, train_loader, device, epoch, amp=amp, scaler=scaler
         )
         result = utils.evaluate(
-            model, val_loader, device, amp=amp, title=f"epoch {epoch + 1} validation"
+            learner, val_loader, device, amp=amp, title=f"epoch {epoch + 1} validation"
         )
+        if not math.isfinite(result["loss"]):
+            raise RunError(
+                f"the validation loss is {result['loss']} after epoch {epoch + 1}; use a smaller "
+                f"--lr (now {lr:.3g})"
+            )
+        if cached:
+            features.fold(learner, train_loader.mean, train_loader.std, model.fc)
 
         row = {
             "epoch": epoch + 1,
@@ -217,47 +259,33 @@ def main(args: argparse.Namespace) -> dict:
             "metrics": row,
             "args": saved_args,
         }
-        if improved:  # before last.pth: killed between the two, the epoch is done again
-            checkpoint.save(usable, output_dir / "best.pth")
         to_resume = {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "history": history,
             "best": best,
+            "head": learner.state_dict() if cached else None,
         }
-        checkpoint.save(usable | to_resume, output_dir / "last.pth")
-        _write_metrics(history, output_dir / "metrics.csv")
-        for side in ("train", "val"):
-            for name in ("loss", "accuracy"):
-                writer.add_scalar(f"{name}/{side}", row[f"{side}_{name}"], epoch + 1)
-        writer.add_scalar("learning_rate", lr, epoch + 1)
-        writer.flush()
-        print(
+        _save_epoch(output_dir, usable, to_resume, improved, writer)
+        cli.say(
             f"epoch {epoch + 1}/{args.epochs}  lr {lr:.4g}  "
             f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
             f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}  "
-            f"{trained_for['images_per_second']:.0f} img/s{'  best' if improved else ''}",
-            flush=True,
+            f"{trained_for['images_per_second']:.0f} img/s{'  best' if improved else ''}"
         )
     writer.close()
 
-    import plots
-
-    plots.save_figure(plots.draw_curves(history), output_dir / "curves.png")
-    title = f"validation, epoch {best['epoch']}, accuracy {best['accuracy']:.3f}"
-    figure = plots.draw_confusion_matrix(best["confusion"], classes, title)
-    plots.save_figure(figure, output_dir / "confusion_matrix.png")
-
+    _draw(output_dir, history, best, classes)
     summary = {
         "best_accuracy": best["accuracy"],
         "best_epoch": best["epoch"],
         "epochs": len(history),
-        "train_images": len(train_set),
-        "val_images": len(val_set),
+        "train_images": len(train[0]),
+        "val_images": len(val[0]),
         "seconds": round(time.perf_counter() - start, 2),
         "output_dir": str(output_dir),
     }
-    print(json.dumps(summary))
+    cli.say(json.dumps(summary))
     return summary
 
 
@@ -269,25 +297,26 @@ _NOT_SAVED = {"given", "resume"}
 
 def _check_paths(args: argparse.Namespace) -> Path | None:
     """Refuse what cannot work; returns the last.pth to go on from."""
-    if args.data_path not in (FLOWER_PHOTOS, "sample"):
-        cli.require_path(args.data_path, "--data-path", folder=True)
-    if args.resume is not None:
-        if args.resume:
-            resume_from = Path(args.resume)
-        elif args.output_dir:
-            resume_from = Path(args.output_dir, "last.pth")
-        else:
-            resume_from = cli.newest_run("last.pth")
-        cli.require_path(resume_from, "--resume")
-        return resume_from
-    if args.weights not in ("", "imagenet"):
-        cli.require_path(args.weights, "--weights")
-    if args.output_dir and Path(args.output_dir, "last.pth").exists():
-        raise UsageError(
-            f"--output-dir {args.output_dir}: holds a run; add --resume to go on with it, or name "
-            "another folder"
-        )
-    return None
+    cli.check_output_dir(args.output_dir)
+    last = Path(args.output_dir, "last.pth") if args.output_dir else None
+    if args.resume is None:
+        cli.require_data(args.data_path)
+        if args.weights not in ("", "imagenet"):
+            cli.require_path(args.weights, "--weights")
+        if last and last.exists():
+            raise UsageError(
+                f"--output-dir {args.output_dir}: holds a run; add --resume to go on with it, or "
+                "name another folder"
+            )
+        return None
+
+    resume_from = Path(args.resume) if args.resume else last or cli.newest_run("last.pth")
+    if resume_from.is_dir():
+        resume_from /= "last.pth"
+    cli.require_path(resume_from, "--resume")
+    if last and last.exists() and not last.samefile(resume_from):
+        raise UsageError(f"--output-dir {args.output_dir}: holds another run than {resume_from}")
+    return resume_from
 
 
 def _options_of_run(args: argparse.Namespace, state: dict, path: Path) -> argparse.Namespace:
@@ -304,31 +333,40 @@ def _options_of_run(args: argparse.Namespace, state: dict, path: Path) -> argpar
             )
     merged = now | old | {name: now[name] for name in args.given}
     merged["output_dir"] = args.output_dir or str(path.parent)
+    if merged["epochs"] < len(state["history"]):
+        raise UsageError(f"--epochs {merged['epochs']}: {path} has {len(state['history'])} already")
+    cli.require_data(merged["data_path"])
     return argparse.Namespace(**merged)
 
 
-def _prepare_data(data_path: str) -> str:
-    if data_path == "sample":
-        from sample_flowers import draw_sample_flowers
-
-        return str(draw_sample_flowers(SAMPLE))
-    if data_path == FLOWER_PHOTOS:
-        from flower_photos import download_flower_photos
-
-        return str(download_flower_photos(FLOWER_PHOTOS))
-    return data_path
-
-
-def _load_start(model, weights: str, model_name: str, classes: list[str]) -> None:
-    """Load ImageNet weights or those of a file, with a new head unless the classes are the same."""
+def _read_weights(model_name: str, weights: str) -> tuple[dict, str, list | None] | None:
+    """The state dict to start from, its source and the classes it was made for, if it says so;
+    None for no weights. Refuses an unknown model, and weights that do not fit it but for the head.
+    """
     import checkpoint
+    from model import build_model
 
+    try:
+        probe = build_model(model_name, num_classes=1)
+    except ValueError as error:
+        raise UsageError(f"--model: {error}") from None
+    if not weights:
+        return None
     if weights == "imagenet":
         state, source = checkpoint.imagenet_weights(model_name)
         trained_on = None
     else:
         file, source = checkpoint.load(weights), weights
         state, trained_on = checkpoint.state_dict_of(file, weights), file.get("classes")
+    checkpoint.load_weights(probe, state, source, new_head=True)
+    return state, source, trained_on
+
+
+def _load_weights(model: "nn.Module", weights: tuple, classes: list[str]) -> None:
+    """Load what `_read_weights` returned, with a new head unless the classes are the same."""
+    import checkpoint
+
+    state, source, trained_on = weights
     new_head = not checkpoint.head_fits(model, state) or trained_on not in (None, classes)
     keys = checkpoint.load_weights(model, state, source, new_head=new_head)
     notice(
@@ -337,13 +375,41 @@ def _load_start(model, weights: str, model_name: str, classes: list[str]) -> Non
     )
 
 
-def _write_metrics(history: list[dict], path: Path) -> None:
-    import checkpoint
+def _bring_best(old: Path, new: Path) -> None:
+    """Copy best.pth of the run that goes on into its new folder, if it moves to one."""
+    from files import replacing
 
-    with checkpoint.replacing(path, "w") as file:
-        rows = csv.DictWriter(file, history[0])
-        rows.writeheader()
-        rows.writerows(history)
+    if (old / "best.pth").exists() and not (new / "best.pth").exists():
+        with replacing(new / "best.pth") as file:
+            file.write((old / "best.pth").read_bytes())
+
+
+def _save_epoch(
+    output_dir: Path, usable: dict, to_resume: dict, improved: bool, writer: "SummaryWriter"
+) -> None:
+    """Write the checkpoints, metrics.csv and the TensorBoard events of an epoch."""
+    import checkpoint
+    from files import save_rows
+
+    if improved:  # before last.pth: killed between the two, the epoch is done again
+        checkpoint.save(usable, output_dir / "best.pth")
+    checkpoint.save(usable | to_resume, output_dir / "last.pth")
+    save_rows(to_resume["history"], output_dir / "metrics.csv")
+    row = usable["metrics"]
+    for name in ("loss", "accuracy"):
+        for side in ("train", "val"):
+            writer.add_scalar(f"{name}/{side}", row[f"{side}_{name}"], row["epoch"])
+    writer.add_scalar("learning_rate", row["lr"], row["epoch"])
+    writer.flush()
+
+
+def _draw(output_dir: Path, history: list[dict], best: dict, classes: list[str]) -> None:
+    import plots
+
+    plots.save_figure(plots.draw_curves(history), output_dir / "curves.png")
+    title = f"validation, epoch {best['epoch']}, accuracy {best['accuracy']:.3f}"
+    figure = plots.draw_confusion_matrix(best["confusion"], classes, title)
+    plots.save_figure(figure, output_dir / "confusion_matrix.png")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import RunError, UsageError
+from cli import FLOWER_PHOTOS, SAMPLE, RunError, UsageError
 from folders import split_pictures, with_labels
 from my_dataset import DeviceLoader
 
@@ -26,6 +27,19 @@ def read_split_data(
     """
     train, val = split_pictures(root, val_rate, seed)
     return *with_labels(train, list(train)), *with_labels(val, list(train))
+
+
+def prepare_data(data_path: str) -> str:
+    """The folder that a --data-path means: "sample" is drawn, flower_photos downloaded."""
+    if data_path == SAMPLE:
+        from sample_flowers import draw_sample_flowers
+
+        return str(draw_sample_flowers("data/sample"))
+    if data_path == FLOWER_PHOTOS:
+        from flower_photos import download_flower_photos
+
+        return str(download_flower_photos(FLOWER_PHOTOS))
+    return data_path
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,7 +101,7 @@ def cosine_lr(lr: float, lrf: float, epoch: int, epochs: int) -> float:
 def train_one_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data_loader: DeviceLoader,
+    data_loader: DataLoader | DeviceLoader,
     device: torch.device,
     epoch: int,
     *,
@@ -99,7 +113,8 @@ def train_one_epoch(
     Args:
         model: on `device`.
         optimizer: of the parameters to be trained.
-        data_loader: (images (N, 3, H, W) normalised, classes (N,)) on `device`.
+        data_loader: (images (N, 3, H, W) normalised, classes (N,)); a DeviceLoader, a
+            FeatureLoader or any DataLoader of such batches.
         device: where it runs.
         epoch: counted from 0; decides order and augmentation.
         amp: dtype of autocast, None for float32.
@@ -112,7 +127,8 @@ def train_one_epoch(
         RunError: the loss is not finite.
     """
     set_train_mode(model)
-    data_loader.set_epoch(epoch)
+    if hasattr(data_loader, "set_epoch"):
+        data_loader.set_epoch(epoch)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     lr = optimizer.param_groups[0]["lr"]
     loss_sum = torch.zeros((), device=device)
@@ -120,6 +136,7 @@ def train_one_epoch(
     seen = 0
     with _progress(data_loader, f"epoch {epoch + 1} training") as bar:
         for step, (images, labels) in enumerate(data_loader):
+            images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images)  # (N, classes)
                 loss = nn.functional.cross_entropy(logits, labels)
@@ -140,7 +157,10 @@ def train_one_epoch(
                         f"the loss is {mean} after {seen} pictures of epoch {epoch + 1}; "
                         f"use a smaller --lr (now {lr:.3g})"
                     )
-                bar.set_postfix(loss=f"{mean:.3f}", acc=f"{correct.item() / seen:.3f}", lr=lr)
+                accuracy = correct.item() / seen
+                bar.set_postfix(
+                    refresh=seen == bar.total, loss=f"{mean:.3f}", acc=f"{accuracy:.3f}", lr=lr
+                )
     rate = seen / bar.format_dict["elapsed"]
     return {"loss": mean, "accuracy": correct.item() / seen, "images_per_second": rate}
 
@@ -148,7 +168,7 @@ def train_one_epoch(
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    data_loader: DeviceLoader,
+    data_loader: DataLoader | DeviceLoader,
     device: torch.device,
     *,
     amp: torch.dtype | None = None,
@@ -168,6 +188,7 @@ def evaluate(
     losses, predicted, confidence, in_top5, labels_seen = [], [], [], [], []
     with _progress(data_loader, title) as bar:
         for images, labels in data_loader:
+            images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images).float()  # (N, classes)
             losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
@@ -195,7 +216,7 @@ def evaluate(
     }
 
 
-def _progress(data_loader: DeviceLoader, title: str) -> tqdm:
+def _progress(data_loader: DataLoader | DeviceLoader, title: str) -> tqdm:
     return tqdm(
         total=len(data_loader.dataset),
         desc=title,

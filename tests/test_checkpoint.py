@@ -14,6 +14,7 @@ import torchvision
 
 import checkpoint
 from cli import RunError, UsageError
+from files import replacing
 from image import default_preprocessing
 from model import build_model
 
@@ -39,11 +40,11 @@ def network():
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), checkpoint.replacing(path) as file:
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
         file.write(b"new")
         raise ZeroDivisionError
     assert path.read_bytes() == b"old"
-    with checkpoint.replacing(path) as file:
+    with replacing(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
@@ -79,7 +80,9 @@ def test_a_checkpoint_of_ours_round_trips(tmp_path, network):
     assert read.args == {"lr": 0.1}
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", None])
 def test_wrapped_weights_are_unwrapped(tmp_path, network, prefix, key):
     state = {prefix + name: value for name, value in network.state_dict().items()}
@@ -164,7 +167,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(network, change, words
 
 def test_weights_of_another_width_are_refused_with_a_hint(network):
     weights = build_model("shufflenet_v2_x1_0", 3).state_dict()
-    with pytest.raises(UsageError, match="and .* more; name the --model that the file was made"):
+    with pytest.raises(UsageError, match="and .* more; it is a shufflenet_v2_x1_0: use"):
         checkpoint.load_weights(network, weights, "w.pth")
 
 

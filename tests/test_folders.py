@@ -103,6 +103,20 @@ def test_symlink_loops_end_and_linked_folders_are_followed(tmp_path):
     assert found == [first, f"{rose}/linked/2.jpg"]
 
 
+def test_a_link_back_up_brings_no_other_class_in(tmp_path):
+    fill(tmp_path / "flowers", rose=2, daisy=2)
+    for name, target in (("up", ".."), ("far", "../.."), ("self", "."), ("abs", str(tmp_path))):
+        (tmp_path / "flowers/rose" / name).symlink_to(target)
+    (tmp_path / "flowers/linked").symlink_to("daisy")
+    found = find_pictures(tmp_path / "flowers")
+    assert {name: len(paths) for name, paths in found.items()} == {
+        "daisy": 2,
+        "linked": 2,
+        "rose": 2,
+    }
+    assert find_pictures(f"{tmp_path}/flowers/rose/..").keys() == found.keys()
+
+
 def test_without_class_folders_the_expected_layout_is_named(tmp_path):
     put(tmp_path / "loose.jpg")
     (tmp_path / "empty").mkdir()
@@ -254,6 +268,28 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path, capsys, second):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("names", [("Train", "Val"), ("train", "valid"), ("TRAIN", "validation")])
+def test_other_spellings_of_train_and_val_are_known(tmp_path, names):
+    for name in names:
+        fill(tmp_path / name, rose=2, daisy=2)
+    train, val = split_pictures(tmp_path, 0.2, 0)
+    assert train == find_pictures(tmp_path / names[0])
+    assert val == find_pictures(tmp_path / names[1])
+
+
+def test_of_val_and_test_val_is_taken_and_a_notice_says_so(tmp_path, capsys):
+    for name in ("train", "valid", "test"):
+        fill(tmp_path / name, rose=2, daisy=2)
+    assert split_pictures(tmp_path, 0.2, 0)[1] == find_pictures(tmp_path / "valid")
+    assert "validation is valid/; test/ is not used" in capsys.readouterr().err
+
+
+def test_train_alone_is_an_error_that_says_what_is_missing(tmp_path):
+    fill(tmp_path / "train", rose=2, daisy=2)
+    with pytest.raises(UsageError, match="holds train/ but no val/ or test/ beside it"):
+        split_pictures(tmp_path, 0.2, 0)
+
+
 def test_a_picture_in_both_train_and_val_is_noticed_and_stays(tmp_path, capsys):
     fill(tmp_path / "train", rose=3, daisy=3)
     fill(tmp_path / "val", rose=3, daisy=3)
@@ -303,7 +339,8 @@ def test_any_name_that_the_disk_takes_works_and_keeps_each_notice_on_one_line(tm
         assert len(train[name] + val[name]) == 6
         assert all(os.path.isfile(path) for path in train[name] + val[name])
     notices = capsys.readouterr().err
-    assert len(notices.splitlines()) == len(names)
+    assert len(notices.splitlines()) == 6  # five copies, and how many there are
+    assert notices.endswith("8 pictures in all stand there more than once\n")
     assert notices.replace("\n", "").isprintable()
 
 

@@ -128,13 +128,22 @@ def test_training_augments_as_the_tutorial_does():
 
 
 def test_fetching_an_item_leaves_the_global_random_state_alone(paths):
-    data = MyDataSet(paths, [0] * 7, train_transform(SMALL))
+    data = MyDataSet(paths, [0] * 7, train_transform(SMALL), seed=0)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     first = data[0][0]
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(data[0][0], first)  # and does not depend on it
+
+
+def test_without_a_seed_the_global_random_state_decides(paths):
+    data = MyDataSet(paths, [0] * 7, train_transform(SMALL))
+    torch.manual_seed(5)
+    first, second = data[0][0], data[0][0]
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(data[0][0], first)
 
 
 def test_augmentation_differs_between_pictures_epochs_and_seeds(tmp_path):

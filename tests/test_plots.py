@@ -25,8 +25,11 @@ def history(count):
 
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_curves(tmp_path, epochs):
-    plots.save_figure(plots.draw_curves(history(epochs)), tmp_path / "curves.png")
+    figure = plots.draw_curves(history(epochs))
+    plots.save_figure(figure, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (1300, 400)
+    for axes in figure.axes:
+        assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 @pytest.mark.parametrize("count", [2, 5, 102])
@@ -43,6 +46,7 @@ def test_confusion_matrix_names_every_class_and_overlaps_none(tmp_path, count):
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
     assert [text.get_text() for text in axes.texts] == ["7", "3"] + ["7"] * (count - 1)
     assert axes.texts[1].get_position() == (1, 0)  # row 0 is the truth, column 1 the prediction
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("truth", "prediction")
 
 
 def test_confusion_matrix_of_a_thousand_classes_is_drawn_without_names(tmp_path):
@@ -58,6 +62,22 @@ def test_pictures_with_captions_that_look_like_mathematics(tmp_path, count, suff
     pictures = [(Image.new("RGB", (90, 60)), "$x^2\n50 % \\frac")] * count
     plots.save_figure(plots.draw_pictures(pictures), tmp_path / f"p.{suffix}")
     assert (tmp_path / f"p.{suffix}").stat().st_size > 1000
+
+
+def test_names_in_letters_that_no_font_has_are_escaped_with_a_notice(capsys):
+    """Private-use letters, which no font draws; Chinese is drawn where a font for it is found."""
+    assert plots.short("rose \ue123") == "rose \\ue123"
+    chinese = plots.short("郁金香")
+    if chinese != "郁金香":
+        assert chinese == "\\u90c1\\u91d1\\u9999"
+        assert "no font here can draw" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_any_language_are_drawn_without_a_warning(tmp_path):
+    names = ["郁金香", "薔薇", "роза", "τουλίπα", "وردة"]
+    figure = plots.draw_confusion_matrix(torch.eye(5, dtype=torch.long), names, "title")
+    plots.save_figure(figure, tmp_path / "matrix.png")
 
 
 def test_short_names_fit_and_print():

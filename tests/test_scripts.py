@@ -3,15 +3,18 @@
 import csv
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from PIL import Image
 
 import checkpoint
 import eval as evaluate_script
+import features
 import predict
 import train
 from cli import RunError, UsageError
@@ -41,6 +44,7 @@ def small(flowers, folder, *more):
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")
@@ -134,9 +138,11 @@ def test_tensorboard_gets_loss_accuracy_and_learning_rate(run_dir):
     assert found == pytest.approx(expected)
 
 
-def test_freezing_changes_fc_alone(flowers, tmp_path, torchvision_file, capsys):
+@pytest.mark.parametrize("cache", ["--cache-features", "--no-cache-features"])
+def test_freezing_changes_fc_alone(flowers, tmp_path, torchvision_file, capsys, cache):
     out = tmp_path / "out"
-    run_train(*small(flowers, out, "--weights", torchvision_file, "--freeze-layers", "--epochs", 1))
+    options = ["--weights", torchvision_file, "--freeze-layers", cache, "--epochs", 1]
+    run_train(*small(flowers, out, *options))
     start = torch.load(torchvision_file, weights_only=True)
     for name in ("best.pth", "last.pth"):
         after = torch.load(out / name, weights_only=True)["model"]
@@ -160,9 +166,10 @@ def test_the_same_seed_trains_the_same_weights_for_any_workers(flowers, tmp_path
     assert not torch.equal(a["fc.weight"], c["fc.weight"])
 
 
-def test_two_epochs_and_two_more_are_four(flowers, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [[], ["--freeze-layers"]], ids=["all layers", "cached features"])
+def test_two_epochs_and_two_more_are_four(flowers, tmp_path, monkeypatch, more):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_train(*small(flowers, whole, "--epochs", 4))
+    run_train(*small(flowers, whole, "--epochs", 4, *more))
 
     def stop_in_the_third(*args, **kwargs):
         if args[4] == 2:
@@ -174,7 +181,7 @@ def test_two_epochs_and_two_more_are_four(flowers, tmp_path, monkeypatch):
     train_one_epoch = utils.train_one_epoch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(utils, "train_one_epoch", stop_in_the_third)
-        run_train(*small(flowers, parts, "--epochs", 4))
+        run_train(*small(flowers, parts, "--epochs", 4, *more))
     run_train("--resume", parts / "last.pth")
 
     a, b = (torch.load(folder / "last.pth", weights_only=True) for folder in (whole, parts))
@@ -186,12 +193,41 @@ def test_two_epochs_and_two_more_are_four(flowers, tmp_path, monkeypatch):
     assert torch.equal(first.fc.weight, second.fc.weight)
 
 
-def test_resume_finds_the_run_keeps_its_options_and_refuses_others(flowers, tmp_path, run_dir):
+def test_cached_features_have_defaults_of_their_own_and_typed_options_win(
+    flowers, tmp_path, torchvision_file
+):
+    frozen = ["--weights", torchvision_file, "--freeze-layers", "--epochs", 1]
+    for name, more, expected in (
+        ("a", [], (0.03, 64, 0.1)),
+        ("b", ["--lr", 0.01, "--wd", 0], (0.01, 64, 0)),
+        ("c", ["--no-cache-features"], (0.01, 16, 4e-5)),
+    ):
+        run_train(*small(flowers, tmp_path / name, *frozen, *more))
+        args = json.loads((tmp_path / name / "args.json").read_text())
+        assert (args["lr"], args["batch_size"], args["weight_decay"]) == expected
+
+
+def test_what_is_saved_from_cached_features_is_the_plain_network(
+    flowers, tmp_path, torchvision_file
+):
+    out = tmp_path / "out"
+    options = ["--weights", torchvision_file, "--freeze-layers", "--val-rate", 0.5, "--epochs", 3]
+    summary = run_train(*small(flowers, out, *options))
+    saved = torch.load(out / "best.pth", weights_only=True)["metrics"]
+    result = run_eval("--data-path", flowers, "--weights", out / "best.pth", "-j", 0)
+    assert result["accuracy"] == saved["val_accuracy"] == summary["best_accuracy"]
+    assert result["loss"] == pytest.approx(saved["val_loss"], rel=1e-3)
+
+
+def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run_dir, capsys):
     folder = tmp_path / "runs" / "x"
     shutil.copytree(run_dir, folder)
     with pytest.raises(UsageError, match=r"--lr 0.5: the run .* began with 0.01"):
         run_train("--resume", "--lr", 0.5)
     assert run_train("--resume")["epochs"] == 2  # finished already: only its summary is made again
+    assert "all 2 epochs are done; --epochs N" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"--epochs 1: .* has 2 already"):
+        run_train("--resume", "--epochs", 1)
     summary = run_train("--resume", "--output-dir", folder, "--epochs", 3)
     assert (summary["epochs"], summary["output_dir"]) == (3, str(folder))
     with pytest.raises(UsageError, match="not the last.pth of a run"):
@@ -212,6 +248,7 @@ def test_fine_tuning_starts_from_a_run_of_ours(flowers, tmp_path, run_dir, capsy
 
 def test_v1_trains_from_nothing_with_amp(flowers, tmp_path, capsys):
     options = ["--model", "shufflenet_v1_x0_25_g3", "--epochs", 1, "--amp", "--freeze-layers"]
+    options += ["--no-cache-features"]
     run_train(*small(flowers, tmp_path / "out", *options))
     err = capsys.readouterr().err
     assert "torch.bfloat16" in err
@@ -230,9 +267,78 @@ def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(flowers, tmp_path, 
     checkpoint.load_classifier(out / "best.pth")
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(flowers, run_dir):
+def test_an_update_that_spoils_the_network_at_the_end_of_an_epoch_is_noticed(flowers, tmp_path):
+    """One step an epoch: its loss was still finite, only validation sees what it did."""
+    out = tmp_path / "out"
+    options = ["--batch-size", 64, "--lr", 1e6, "--wd", 1000, "--epochs", 9]
+    with pytest.raises(RunError, match="loss is (nan|inf) after .*; use a smaller --lr"):
+        run_train(*small(flowers, out, *options))
+    for saved in out.glob("*.pth"):
+        checkpoint.state_dict_of(checkpoint.load(saved), saved)  # refuses what is not finite
+
+
+def test_the_first_of_equally_good_epochs_is_the_best(flowers, tmp_path, monkeypatch):
+    import utils
+
+    def same(*args, **kwargs):
+        return evaluate(*args, **kwargs) | {"accuracy": 0.5}
+
+    evaluate = utils.evaluate
+    monkeypatch.setattr(utils, "evaluate", same)
+    summary = run_train(*small(flowers, tmp_path / "out", "--epochs", 2))
+    assert (summary["best_epoch"], summary["best_accuracy"]) == (1, 0.5)
+
+
+def test_the_options_are_those_of_the_contract():
+    args = train.build_parser().parse_args([])
+    assert (args.epochs, args.batch_size, args.lr, args.lrf) == (30, 16, 0.01, 0.1)
+    assert (args.val_rate, args.seed, args.device, args.amp) == (0.2, 0, "auto", None)
+    assert (args.model, args.weights) == ("shufflenet_v2_x1_0", "")
+    assert (args.data_path, args.freeze_layers) == ("data/flower_photos", False)
+
+
+def test_the_optimizer_is_sgd_with_momentum_and_decay(run_dir):
+    (group,) = torch.load(run_dir / "last.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 4e-5, False)
+    assert len(group["params"]) == len(list(build_model("shufflenet_v2_x0_5").parameters()))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(flowers, tmp_path, run_dir):
     with pytest.raises(UsageError, match="holds a run; add --resume"):
         run_train("--data-path", flowers, "--output-dir", run_dir)
+    shutil.copytree(run_dir, tmp_path / "other")
+    with pytest.raises(UsageError, match="holds another run than"):
+        run_train("--resume", run_dir, "--output-dir", tmp_path / "other")
+
+
+def test_a_run_may_go_on_in_another_folder_and_takes_its_best_along(tmp_path, run_dir):
+    best = (run_dir / "best.pth").read_bytes()
+    run_train("--resume", run_dir, "--output-dir", tmp_path / "new")
+    assert (tmp_path / "new" / "best.pth").read_bytes() == best
+
+
+def test_a_reader_of_the_output_that_leaves_does_not_stop_training(flowers, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *small(flowers, tmp_path / "out")]
+    words = [str(word) for word in [*command, "--epochs", 2]]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert (tmp_path / "out" / "curves.png").exists()
+    assert len((tmp_path / "out" / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_tensorboard_steps_do_not_repeat_after_a_resume(tmp_path, run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "last.pth").unlink()
+    state = torch.load(run_dir / "last.pth", weights_only=True)
+    state["history"] = state["history"][:1]  # as if the second epoch had been cut off
+    checkpoint.save(state, tmp_path / "run" / "last.pth")
+    run_train("--resume", tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Scalars("loss/val")] == [1, 2]
 
 
 def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
@@ -258,6 +364,21 @@ def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
         ("train.py", ["--resume", "no.pth"], "--resume no.pth: no such file"),
         ("train.py", ["--data-path", ".", "--model", "x"], "no model is called 'x'"),
         ("train.py", ["--data-path", ".", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (
+            "train.py",
+            ["--data-path", ".", "--output-dir", "file"],
+            "--output-dir file: not a folder",
+        ),
+        (
+            "train.py",
+            ["--weights", "imagenet", "--model", "shufflenet_v1_x1_0_g3"],
+            "publishes none",
+        ),
+        (
+            "eval.py",
+            ["--data-path", ".", "--output-dir", "file"],
+            "--output-dir file: not a folder",
+        ),
         ("train.py", ["--epochs", "-1"], "argument --epochs: -1 must be at least 1"),
         ("train.py", ["--freeze-layers", "perhaps"], "'perhaps' is neither true nor false"),
         ("eval.py", ["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
@@ -327,6 +448,27 @@ def test_eval_repeats_the_accuracy_of_training_for_any_batch_size(flowers, tmp_p
         assert result["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
 
 
+def test_eval_takes_the_data_of_the_run_unless_told_otherwise(tmp_path, run_dir):
+    assert run_eval("--weights", run_dir / "best.pth", "-j", 0)["images"] == 5
+    state = checkpoint.load(run_dir / "best.pth")
+    state["args"]["data_path"] = "gone"
+    checkpoint.save(state, tmp_path / "moved.pth")
+    with pytest.raises(UsageError, match="--data-path gone: no such folder"):
+        run_eval("--weights", tmp_path / "moved.pth")
+
+
+def test_mistakes_are_listed_and_captioned_by_hand():
+    result = {
+        "predicted": torch.tensor([0, 1, 1, 0]),
+        "confidence": torch.tensor([0.5, 0.75, 0.25, 1.0]),
+        "losses": torch.tensor([1.0, 2.0, 0.1, 3.0]),
+    }
+    rows = evaluate_script._mistakes(result, ["a/1", "a/2", "b/3", "b/4"], [0, 0, 1, 1], ["x", "y"])
+    assert [row["path"] for row in rows] == ["b/4", "a/2"]
+    assert rows[0] == {"path": "b/4", "class": "y", "prediction": "x", "prob": 1.0, "loss": 3.0}
+    assert evaluate_script._caption(rows[1]) == "2\nis x\ntaken for y 0.75"
+
+
 def test_eval_prints_a_table_and_leaves_files(flowers, tmp_path, run_dir, capsys):
     weights = ["--weights", run_dir / "best.pth", "-j", 0]
     result = run_eval("--data-path", flowers, *weights, "--split", "all", "--output-dir", "out")
@@ -337,7 +479,8 @@ def test_eval_prints_a_table_and_leaves_files(flowers, tmp_path, run_dir, capsys
     last = json.loads(out[-1])
     assert (last["accuracy"], last["images"], last["top5"]) == (result["accuracy"], 40, None)
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"confusion_matrix.png", "mistakes.png", "per_class.csv", "metrics.json"}
+    tables = {"mistakes.csv", "per_class.csv", "metrics.json"}
+    assert found == {"confusion_matrix.png", "mistakes.png"} | tables
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert saved["per_class"] == result["per_class"]
 
@@ -362,7 +505,7 @@ def test_eval_goes_by_the_names_of_folders_not_by_their_place(flowers, tmp_path,
     assert list(kept) == ["roses", "tulips"]
 
     (tmp_path / "two" / "roses").rename(tmp_path / "two" / "violets")
-    with pytest.raises(UsageError, match="violets are no classes of .*, which knows daisy"):
+    with pytest.raises(UsageError, match="knows no class called violets, only daisy"):
         run_eval("--data-path", "two", *options)
 
 
@@ -387,7 +530,7 @@ def test_predict_prints_path_then_classes_best_first(flowers, run_dir, capsys):
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) == pytest.approx(1)
     first = results[0]["predictions"][0]
-    assert lines[1] == f"class: {first['class']:<12} prob: {first['prob']:.3f}"
+    assert lines[1] == f"class: {first['class']:<10}   prob: {first['prob']:.3f}"
 
 
 def test_predict_agrees_with_torchvision(flowers, run_dir):

@@ -21,7 +21,7 @@ PREPROCESSING = default_preprocessing("shufflenet_v2_x0_5")
 @pytest.fixture
 def loader(flowers):
     train, _ = split_pictures(flowers, 0.25, 0)
-    dataset = MyDataSet(*with_labels(train, list(train)), train_transform(PREPROCESSING))
+    dataset = MyDataSet(*with_labels(train, list(train)), train_transform(PREPROCESSING), seed=0)
     return DeviceLoader(dataset, CPU, PREPROCESSING, batch_size=8, workers=0, shuffle=True)
 
 
@@ -56,6 +56,33 @@ def test_an_epoch_is_the_plain_loop_written_out(network, loader):
     assert result["loss"] == pytest.approx(losses / 30, rel=1e-6)
     assert result["accuracy"] == pytest.approx(correct / 30)
     assert result["images_per_second"] > 0
+
+
+def test_the_loop_of_the_tutorial_works(flowers, network):
+    """A plain DataLoader, float transforms, unpacked lists; each pass draws its own crops."""
+    from torchvision import transforms
+
+    paths, labels, val_paths, val_labels = utils.read_split_data(str(flowers), 0.25)
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(64),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    dataset = MyDataSet(images_path=paths, images_class=labels, transform=augment)
+    plain = torch.utils.data.DataLoader(
+        dataset, batch_size=8, shuffle=True, collate_fn=dataset.collate_fn
+    )
+    result = utils.train_one_epoch(
+        model=network, optimizer=sgd(network), data_loader=plain, device=CPU, epoch=0
+    )
+    assert math.isfinite(result["loss"])
+    val = MyDataSet(val_paths, val_labels, transform=augment)
+    val_loader = torch.utils.data.DataLoader(val, batch_size=8, collate_fn=val.collate_fn)
+    assert utils.evaluate(model=network, data_loader=val_loader, device=CPU)["images"] == 10
+    assert not torch.equal(dataset[0][0], dataset[0][0])
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "shufflenet_v1_x0_25_g3"])

@@ -1,0 +1,272 @@
+"""Frozen layers, computed once.
+
+With all layers but `fc` frozen, what `fc` sees of a picture never changes: compute it once, keep
+it, and train `fc` on that. One decode and one forward a picture instead of one an epoch.
+
+ShuffleNet's pooled features have small and uneven scales, so plain gradient descent on `fc` creeps
+(the question of pytorch/vision#3090). The head is trained on standardised features, z = (x - mean)
+/ std, and folded back for every saved checkpoint,
+
+    head.weight z + head.bias  =  fc.weight x + fc.bias
+    with  fc.weight = head.weight / std,  fc.bias = head.bias - fc.weight mean,
+
+so that what is saved is the plain architecture.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cli import notice
+from my_dataset import DeviceLoader, MyDataSet, epoch_sampler, eval_transform
+
+CACHE = Path(__file__).parent / ".cache" / "features"
+IN_MEMORY = 1 << 29  # bytes; larger arrays stay on disk, memory-mapped
+BATCH = 64  # pictures per forward
+
+# Defaults on cached features. Of 3 batch sizes x 5 rates x 3 decays, 30 epochs, 5 splits, these
+# were at the top for 800 training pictures and for 200 (flower_photos, x0.5): README, Results.
+RECIPE = {"lr": 0.03, "batch_size": 64, "weight_decay": 0.1}
+
+
+def cached_features(
+    model: nn.Module,
+    paths: list[str],
+    preprocessing: dict,
+    device: torch.device,
+    *,
+    workers: int,
+    cache: Path,
+    amp: torch.dtype | None = None,
+) -> np.ndarray:
+    """The features of pictures, computed now or read from an earlier run.
+
+    The cache file is named by a hash of the weights, the preprocessing and every picture's place,
+    size and times, so a change of any of them computes anew. It appears only when it is complete.
+
+    Args:
+        model: with `forward_features`, on `device`; put in eval mode.
+        paths: n pictures.
+        preprocessing: as for `eval_transform`.
+        device: where the model is.
+        workers: processes that read pictures.
+        cache: folder of the cache.
+        amp: dtype of autocast, None for float32.
+
+    Returns:
+        float32 (n, channels), row i for paths[i]; on disk where larger than `IN_MEMORY`.
+
+    Raises:
+        ImageError: a picture cannot be read.
+    """
+    file = cache / f"{_key(model, paths, preprocessing, amp)}.npy"
+    if file.exists():
+        notice(f"features of {len(paths)} pictures read from {file}")
+    else:
+        loader = DeviceLoader(
+            MyDataSet(paths, [0] * len(paths), eval_transform(preprocessing)),
+            device,
+            preprocessing,
+            batch_size=BATCH,
+            workers=workers,
+        )
+        shape = (len(paths), model.fc.in_features)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            features = _reserve(temporary, shape)
+            _fill(features, model, loader, device, amp)
+            if not isinstance(features, np.memmap):
+                return features
+            features.flush()
+            os.replace(temporary, file)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+    large = file.stat().st_size > IN_MEMORY
+    return np.load(file, mmap_mode="r" if large else None)
+
+
+def _key(model: nn.Module, paths: list[str], preprocessing: dict, amp: torch.dtype | None) -> str:
+    digest = hashlib.sha256()
+    versions = [torch.__version__, PIL.__version__, np.__version__]
+    digest.update(json.dumps([versions, preprocessing, str(amp)], sort_keys=True).encode())
+    for name, value in model.state_dict().items():
+        if not name.startswith("fc."):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    for path in paths:
+        status = os.stat(path)
+        place = os.fsencode(os.path.realpath(path))
+        times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+        digest.update(place + b"\0" + times.encode() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _reserve(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    """An array in a file, its disk space reserved; in memory where that is not to be had."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        features = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+        if hasattr(os, "posix_fallocate"):
+            # Writing to a mapped page that finds no disk space would kill the process.
+            with open(file, "r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+        return features
+    except OSError as error:
+        notice(f"features are kept in memory: {file.parent}: {error.strerror}")
+        return np.empty(shape, np.float32)
+
+
+@torch.inference_mode()
+def _fill(
+    features: np.ndarray,
+    model: nn.Module,
+    loader: DeviceLoader,
+    device: torch.device,
+    amp: torch.dtype | None,
+) -> None:
+    model.eval()
+    row = 0
+    with tqdm(total=len(features), desc="computing features", unit="img", leave=False) as bar:
+        for images, _ in loader:
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                batch = model.forward_features(images).float()  # (N,channels)
+            features[row : row + len(batch)] = batch.cpu().numpy()
+            row += len(batch)
+            bar.update(len(batch))
+
+
+def statistics(features: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over the rows, float32 (channels,) each."""
+    total, squares = 0.0, 0.0
+    for chunk in np.array_split(rows, max(1, len(rows) // 4096)):
+        values = np.asarray(features[chunk], np.float64)
+        total += values.sum(0)
+        squares += (values**2).sum(0)
+    mean = total / len(rows)
+    std = np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
+    # A channel that hardly moves beside its mean keeps a scale that float32 can fold back: divided
+    # by less, rounding of fc.weight x - fc.weight mean would drown the logits.
+    floor = 1e-3 * np.sqrt(std**2 + mean**2) + 1e-6
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.maximum(std, floor)).float()
+
+
+class FeatureLoader:
+    """Batches of standardised features on the device; stands where a DeviceLoader stands.
+
+    Args:
+        features: (n, channels).
+        rows: which of them, and in which order.
+        labels: one class index for each of `rows`.
+        mean: (channels,), subtracted.
+        std: (channels,), divided by.
+        device: where batches go.
+        batch_size: rows per batch; the last may be smaller.
+        shuffle: a new order each epoch, the one that a DeviceLoader takes for the same seed.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        rows: np.ndarray,
+        labels: list[int],
+        *,
+        mean: Tensor,
+        std: Tensor,
+        device: torch.device,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.features = features
+        self.dataset = rows
+        self.labels = torch.tensor(labels)
+        self.mean, self.std = mean.to(device), std.to(device)
+        self.device = device
+        self.batch_size = batch_size
+        self.sampler = epoch_sampler(rows, shuffle, seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for picked in torch.tensor(list(self.sampler)).split(self.batch_size):
+            batch = torch.from_numpy(self.features[self.dataset[picked.numpy()]])  # (N,channels)
+            yield (
+                (batch.to(self.device) - self.mean) / self.std,
+                self.labels[picked].to(self.device),
+            )
+
+
+def head_and_loaders(
+    model: nn.Module,
+    train: tuple[list[str], list[int]],
+    val: tuple[list[str], list[int]],
+    preprocessing: dict,
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    amp: torch.dtype | None = None,
+) -> tuple[nn.Linear, FeatureLoader, FeatureLoader]:
+    """What takes the place of the network and its two loaders.
+
+    Args:
+        model: on `device`; its `fc` is where the head starts.
+        train: paths and class indices.
+        val: likewise.
+        preprocessing: as for `eval_transform`.
+        device: where everything runs.
+        batch_size: rows per step.
+        workers: processes that read pictures.
+        seed: of the order.
+        amp: dtype of autocast for the features, None for float32.
+    """
+    # Sorted, so that another split of the same pictures finds the same file.
+    paths = sorted(train[0] + val[0])
+    array = cached_features(
+        model, paths, preprocessing, device, workers=workers, cache=CACHE, amp=amp
+    )
+    row_of = {path: row for row, path in enumerate(paths)}
+    rows, val_rows = (np.array([row_of[path] for path in side[0]]) for side in (train, val))
+    mean, std = statistics(array, rows)
+    options = {"mean": mean, "std": std, "device": device, "batch_size": batch_size}
+    train_loader = FeatureLoader(array, rows, train[1], shuffle=True, seed=seed, **options)
+    return (
+        unfold(model.fc, mean, std),
+        train_loader,
+        FeatureLoader(array, val_rows, val[1], **options),
+    )
+
+
+def unfold(fc: nn.Linear, mean: Tensor, std: Tensor) -> nn.Linear:
+    """The head on standardised features that computes what `fc` computes on plain ones."""
+    head = nn.Linear(fc.in_features, fc.out_features)
+    weight, bias = fc.weight.detach().cpu().double(), fc.bias.detach().cpu().double()
+    with torch.no_grad():
+        head.weight.copy_(weight * std.double())
+        head.bias.copy_(bias + weight @ mean.double())
+    return head.to(fc.weight.device)
+
+
+def fold(head: nn.Linear, mean: Tensor, std: Tensor, fc: nn.Linear) -> None:
+    """Make `fc` compute on plain features what `head` computes on standardised ones."""
+    weight = head.weight.detach().cpu().double() / std.double()
+    with torch.no_grad():
+        fc.weight.copy_(weight)
+        fc.bias.copy_(head.bias.detach().cpu().double() - weight @ mean.double())
