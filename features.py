@@ -69,9 +69,9 @@ def cached_features(
         ImageError: a picture cannot be read.
     """
     file = cache / f"{_key(model, paths, preprocessing, amp)}.npy"
-    if file.exists():
-        notice(f"features of {len(paths)} pictures read from {file}")
-    else:
+    shape = (len(paths), model.fc.in_features)
+    features = _read(file, shape)
+    if features is None:
         loader = DeviceLoader(
             MyDataSet(paths, [0] * len(paths), eval_transform(preprocessing)),
             device,
@@ -79,7 +79,6 @@ def cached_features(
             batch_size=BATCH,
             workers=workers,
         )
-        shape = (len(paths), model.fc.in_features)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             features = _reserve(temporary, shape)
@@ -91,8 +90,24 @@ def cached_features(
         finally:
             with suppress(OSError):
                 temporary.unlink()
-    large = file.stat().st_size > IN_MEMORY
-    return np.load(file, mmap_mode="r" if large else None)
+        return _read(file, shape)
+    notice(f"features of {len(paths)} pictures read from {file}")
+    return features
+
+
+def _read(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The array of a cache file, None where there is none or it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        large = file.stat().st_size > IN_MEMORY
+        features = np.load(file, mmap_mode="r" if large else None, allow_pickle=False)
+        if (features.shape, features.dtype) == (shape, np.float32):
+            return features
+    except (OSError, ValueError, EOFError):
+        pass
+    notice(f"{file} is damaged: computed anew")
+    return None
 
 
 def _key(model: nn.Module, paths: list[str], preprocessing: dict, amp: torch.dtype | None) -> str:

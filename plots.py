@@ -120,6 +120,7 @@ def draw_pictures(
     for panel, (image, caption) in zip(figure.axes, pictures, strict=False):
         image.thumbnail((640, 640))
         panel.imshow(image)
+        panel.set_anchor("N")  # or a long caption is cut at the top
         panel.set_title(caption, fontsize=size, parse_math=False)
     return figure
 
@@ -142,11 +143,10 @@ def show_pictures(pictures: Sequence[tuple[Image.Image, str]]) -> None:
 def short(name: str, length: int = 24) -> str:
     """A name that fits beside an axis, in letters that can be drawn."""
     name = printable(name)
-    name = name if len(name) <= length else name[: length - 1] + "…"
     if not _letters().issuperset(map(ord, name)):
         notice(f"no font here can draw {name}: install one, such as Noto Sans CJK")
         name = "".join(c if ord(c) in _letters() else ascii(c)[1:-1] for c in name)
-    return name
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 @cache

@@ -81,11 +81,11 @@ def main(args: argparse.Namespace) -> list[dict]:
             continue
         results.append({"path": path, "predictions": answer})
         if args.json:
-            print(json.dumps(results[-1]), flush=True)
+            cli.say(json.dumps(results[-1]))
         else:
-            print(printable(path))
+            cli.say(printable(path))
             for guess in answer:
-                print(f"class: {printable(guess['class']):<10}   prob: {guess['prob']:.3f}")
+                cli.say(f"class: {printable(guess['class']):<10}   prob: {guess['prob']:.3f}")
 
     if results and (args.save_plot or args.show):
         _plot(results, args)

@@ -188,6 +188,25 @@ def test_what_changed_is_computed_anew(network, flowers, tmp_path, monkeypatch, 
         compute(network, paths, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("size", [0, 50, 1000])
+def test_a_damaged_cache_file_is_computed_anew(network, pictures, tmp_path, capsys, size):
+    first = compute(network, pictures[0], tmp_path)
+    (file,) = tmp_path.iterdir()
+    os.truncate(file, size)
+    assert np.array_equal(compute(network, pictures[0], tmp_path), first)
+    assert "is damaged: computed anew" in capsys.readouterr().err
+
+
+def test_statistics_are_those_of_the_training_pictures(network, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "CACHE", tmp_path)
+    paths, labels = pictures
+    train, val = (paths[:20], labels[:20]), (paths[20:], labels[20:])
+    options = {"batch_size": 8, "workers": 0, "seed": 0}
+    _, loader, _ = features.head_and_loaders(network, train, val, PREPROCESSING, CPU, **options)
+    expected = torch.tensor(compute(network, train[0], tmp_path)).mean(0)
+    torch.testing.assert_close(loader.mean, expected)
+
+
 def test_a_changed_head_reuses_the_features(network, pictures, tmp_path, monkeypatch):
     compute(network, pictures[0], tmp_path)
     nn.init.normal_(network.fc.weight)

@@ -604,6 +604,15 @@ def test_predict_draws_without_a_display_and_says_so_when_asked_for_a_window(
         assert "--show: there is no display here" in result.stderr
 
 
+def test_predict_draws_even_when_nobody_reads_on(flowers, tmp_path, run_dir):
+    words = [ROOT / "predict.py", flowers / "roses", "--weights", run_dir / "best.pth"]
+    command = [sys.executable, *words, "--save-plot", tmp_path / "plot.png"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert (tmp_path / "plot.png").exists()
+
+
 def test_predict_warns_when_the_json_beside_the_weights_disagrees(
     flowers, tmp_path, run_dir, capsys
 ):
