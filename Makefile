@@ -35,6 +35,6 @@ clean:
 	$(VENV) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-deploy.txt .venv/installed
 	$(VENV) -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -26,7 +26,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from cli import RunError, UsageError, notice
 from files import replacing
-from image import default_preprocessing
+from image import check_classes, check_preprocessing, default_preprocessing
 from model import VARIANTS, build_model
 
 HEAD = ("fc.weight", "fc.bias")
@@ -223,23 +223,13 @@ def _own_fields(file: dict, path: str | Path) -> Classifier:
         if not isinstance(file.get(name), kind):
             raise RunError(f"{path}: {name} is missing or no {kind.__name__}; train again")
     preprocessing, classes = file["preprocessing"], file["classes"]
-    resize, crop = preprocessing.get("resize"), preprocessing.get("crop")
-    colours = [preprocessing.get("mean"), preprocessing.get("std")]
-    if not (isinstance(resize, int) and isinstance(crop, int) and 1 <= crop <= resize <= 4096):
-        raise RunError(f"{path}: resize {resize!r} and crop {crop!r} are not 1 <= crop <= resize")
-    if not all(isinstance(c, list) and len(c) == 3 and all(map(_positive, c)) for c in colours):
-        raise RunError(f"{path}: mean {colours[0]!r} and std {colours[1]!r} are no colours")
-    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
-        raise RunError(f"{path}: its class names are no text, or one stands twice")
+    check_classes(classes, path)
+    check_preprocessing(preprocessing, path)
     try:
         model = build_model(file["model_name"], len(classes))
     except ValueError as error:
         raise RunError(f"{path}: {error}") from None
     return Classifier(model, file["model_name"], classes, preprocessing, file["args"])
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, float) and 0 < value < 1e3
 
 
 def _variant_of(weights: dict[str, Tensor]) -> str | None:

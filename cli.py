@@ -124,15 +124,43 @@ def _device_name(text: str) -> str:
 
 def add_workers(group: argparse._ActionsContainer) -> None:
     """Add `--workers`; the default leaves one core to the network and is at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     group.add_argument(
         "-j",
         "--workers",
         type=number(int, 0, 256),
-        default=min(max(1, (cores or 1) - 1), 8),
+        default=min(max(1, _cores() - 1), 8),
         metavar="N",
         help="processes that read pictures; 0 reads in the main process",
     )
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def add_inference(group: argparse._ActionsContainer) -> None:
+    """Add what eval.py and predict.py ask about the network: weights, device, runtime, speed."""
+    group.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="best.pth of a run, a bare state dict, or an .onnx file of export.py (when not said: "
+        "the newest runs/*/best.pth)",
+    )
+    add_device(group)
+    group.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "openvino"),
+        help="what computes an .onnx file (when not said: ONNX Runtime for few pictures, which "
+        "starts faster, OpenVINO for many)",
+    )
+    group.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    group.add_argument(
+        "-j", "--workers", type=number(int, 0, 256), default=_cores(), metavar="N",
+        help="threads that read and classify, each on one core; 0 is one",
+    )  # fmt: skip
 
 
 def add_amp(group: argparse._ActionsContainer) -> None:

@@ -46,19 +46,12 @@ def build_parser() -> cli.Parser:
         metavar="N",
         help="of the split (when not said: the run's, or 0)",
     )
-    cli.add_workers(data)
     network = parser.add_argument_group("network")
+    cli.add_inference(network)
     network.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="best.pth of a run, or a bare state dict (when not said: the newest runs/*/best.pth)",
-    )
-    network.add_argument(
-        "-b", "--batch-size", type=cli.number(int, 1), default=64, metavar="N",
-        help="pictures per step",
+        "-b", "--batch-size", type=cli.number(int, 1), default=16, metavar="N",
+        help="pictures at a time in each thread",
     )  # fmt: skip
-    cli.add_device(network)
-    cli.add_amp(network)
     parser.add_argument_group("output").add_argument(
         "--output-dir", metavar="DIR", help="(when not said: runs/DATE-eval-SPLIT)"
     )
@@ -74,25 +67,30 @@ def main(args: argparse.Namespace) -> dict:
     weights = args.weights or cli.newest_run("best.pth")
     cli.require_path(weights, "--weights")
 
-    # Seconds of imports, so not before the paths are known to be right.
-    import checkpoint
-    import folders
-    import plots
-    import utils
-    from files import save_json, save_rows
-    from image import load_rgb
-    from my_dataset import DeviceLoader, MyDataSet, eval_transform
+    # Imports that take a while, so not before the paths are known to be right.
+    import numpy as np
+    from tqdm import tqdm
 
-    device = utils.choose_device(args.device)
-    classifier = checkpoint.load_classifier(weights)
-    classes = classifier.classes
+    import folders
+    import metrics
+    import plots
+    from files import save_json, save_rows
+    from image import ImageError, load_rgb
+    from pipeline import stream
+    from runtime import open_network
+
+    threads = max(1, args.workers)
+    network = open_network(
+        weights, device=args.device, runtime=args.runtime, amp=args.amp, threads=threads
+    )
+    classes = network.classes
 
     # The data and the split of the run unless said otherwise; classes by the name of their folder.
-    data_path = args.data_path or classifier.args.get("data_path", cli.FLOWER_PHOTOS)
+    data_path = args.data_path or network.args.get("data_path", cli.FLOWER_PHOTOS)
     cli.require_data(data_path)
-    root = utils.prepare_data(data_path)
-    val_rate = args.val_rate or classifier.args.get("val_rate", 0.2)
-    seed = classifier.args.get("seed", 0) if args.seed is None else args.seed
+    root = folders.prepare_data(data_path)
+    val_rate = args.val_rate or network.args.get("val_rate", 0.2)
+    seed = network.args.get("seed", 0) if args.seed is None else args.seed
     pictures = folders.pictures_of(root, args.split, val_rate, seed)
     if unknown := sorted(pictures.keys() - set(classes)):
         raise UsageError(
@@ -100,20 +98,20 @@ def main(args: argparse.Namespace) -> dict:
             f"{', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
         )
     paths, labels = folders.with_labels(pictures, classes)
-    dataset = MyDataSet(paths, labels, eval_transform(classifier.preprocessing))
-    loader = DeviceLoader(
-        dataset,
-        device,
-        classifier.preprocessing,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    )
-    name = classifier.model_name
-    notice(f"{name}, {len(dataset)} pictures of {root}, split {args.split}, on {device}")
+    name = network.model_name
+    notice(f"{name}, {len(paths)} pictures of {root}, split {args.split}, {network.computed_by}")
 
-    model = classifier.model.to(device)
-    result = utils.evaluate(model, loader, device, amp=utils.amp_dtype(device, args.amp))
-    report = utils.class_report(result["confusion"], classes)
+    logits = []
+    with tqdm(total=len(paths), desc="evaluating", unit="img", leave=False) as bar:
+        options = {"threads": threads, "batch_size": args.batch_size}
+        for _, answer in stream(paths, network.run, network.preprocessing, **options):
+            if isinstance(answer, ImageError):
+                raise answer
+            logits.append(answer)
+            bar.update()
+    rate = len(paths) / bar.format_dict["elapsed"]
+    result = metrics.measure(np.stack(logits), np.array(labels))
+    report = metrics.class_report(result["confusion"], classes)
 
     summary = {
         "accuracy": result["accuracy"],
@@ -122,7 +120,7 @@ def main(args: argparse.Namespace) -> dict:
         "images": result["images"],
         "split": args.split,
         "weights": str(weights),
-        "images_per_second": round(result["images_per_second"], 1),
+        "images_per_second": round(rate, 1),
     }
     output_dir = Path(args.output_dir or cli.fresh_folder(f"eval-{args.split}"))
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -27,11 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cli import notice
-from my_dataset import DeviceLoader, MyDataSet, epoch_sampler, eval_transform
+from image import ImageError
+from inference import optimize_for_inference
+from my_dataset import epoch_sampler
+from pipeline import stream
+from runtime import torch_run
 
 CACHE = Path(__file__).parent / ".cache" / "features"
+COMPUTED = 2  # to be raised when this file computes features in another way
 IN_MEMORY = 1 << 29  # bytes; larger arrays stay on disk, memory-mapped
-BATCH = 64  # pictures per forward
 
 # Defaults on cached features. Of 3 batch sizes x 5 rates x 3 decays, 30 epochs, 5 splits, these
 # were at the top for 800 training pictures and for 200 (flower_photos, x0.5): README, Results.
@@ -44,7 +48,7 @@ def cached_features(
     preprocessing: dict,
     device: torch.device,
     *,
-    workers: int,
+    threads: int,
     cache: Path,
     amp: torch.dtype | None = None,
 ) -> np.ndarray:
@@ -56,9 +60,9 @@ def cached_features(
     Args:
         model: with `forward_features`, on `device`; put in eval mode.
         paths: n pictures.
-        preprocessing: as for `eval_transform`.
+        preprocessing: as `default_preprocessing` returns it.
         device: where the model is.
-        workers: processes that read pictures.
+        threads: how many read pictures and compute.
         cache: folder of the cache.
         amp: dtype of autocast, None for float32.
 
@@ -72,17 +76,10 @@ def cached_features(
     shape = (len(paths), model.fc.in_features)
     features = _read(file, shape)
     if features is None:
-        loader = DeviceLoader(
-            MyDataSet(paths, [0] * len(paths), eval_transform(preprocessing)),
-            device,
-            preprocessing,
-            batch_size=BATCH,
-            workers=workers,
-        )
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             features = _reserve(temporary, shape)
-            _fill(features, model, loader, device, amp)
+            _fill(features, model, paths, preprocessing, device, threads, amp)
             if not isinstance(features, np.memmap):
                 return features
             features.flush()
@@ -112,7 +109,7 @@ def _read(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _key(model: nn.Module, paths: list[str], preprocessing: dict, amp: torch.dtype | None) -> str:
     digest = hashlib.sha256()
-    versions = [torch.__version__, PIL.__version__, np.__version__]
+    versions = [COMPUTED, torch.__version__, PIL.__version__, np.__version__]
     digest.update(json.dumps([versions, preprocessing, str(amp)], sort_keys=True).encode())
     for name, value in model.state_dict().items():
         if not name.startswith("fc."):
@@ -141,23 +138,23 @@ def _reserve(file: Path, shape: tuple[int, int]) -> np.ndarray:
         return np.empty(shape, np.float32)
 
 
-@torch.inference_mode()
 def _fill(
     features: np.ndarray,
     model: nn.Module,
-    loader: DeviceLoader,
+    paths: list[str],
+    preprocessing: dict,
     device: torch.device,
+    threads: int,
     amp: torch.dtype | None,
 ) -> None:
-    model.eval()
-    row = 0
-    with tqdm(total=len(features), desc="computing features", unit="img", leave=False) as bar:
-        for images, _ in loader:
-            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                batch = model.forward_features(images).float()  # (N,channels)
-            features[row : row + len(batch)] = batch.cpu().numpy()
-            row += len(batch)
-            bar.update(len(batch))
+    optimized = optimize_for_inference(model.eval(), amp)
+    run = torch_run(optimized.forward_features, device, preprocessing)
+    with tqdm(total=len(paths), desc="computing features", unit="img", leave=False) as bar:
+        for row, (_, answer) in enumerate(stream(paths, run, preprocessing, threads=threads)):
+            if isinstance(answer, ImageError):
+                raise answer
+            features[row] = answer
+            bar.update()
 
 
 def statistics(features: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -235,7 +232,7 @@ def head_and_loaders(
     device: torch.device,
     *,
     batch_size: int,
-    workers: int,
+    threads: int,
     seed: int,
     amp: torch.dtype | None = None,
 ) -> tuple[nn.Linear, FeatureLoader, FeatureLoader]:
@@ -245,17 +242,17 @@ def head_and_loaders(
         model: on `device`; its `fc` is where the head starts.
         train: paths and class indices.
         val: likewise.
-        preprocessing: as for `eval_transform`.
+        preprocessing: as `default_preprocessing` returns it.
         device: where everything runs.
         batch_size: rows per step.
-        workers: processes that read pictures.
+        threads: how many read pictures and compute features.
         seed: of the order.
         amp: dtype of autocast for the features, None for float32.
     """
     # Sorted, so that another split of the same pictures finds the same file.
     paths = sorted(train[0] + val[0])
     array = cached_features(
-        model, paths, preprocessing, device, workers=workers, cache=CACHE, amp=amp
+        model, paths, preprocessing, device, threads=threads, cache=CACHE, amp=amp
     )
     row_of = {path: row for row, path in enumerate(paths)}
     rows, val_rows = (np.array([row_of[path] for path in side[0]]) for side in (train, val))

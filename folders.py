@@ -11,12 +11,25 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from cli import UsageError, notice
+from cli import FLOWER_PHOTOS, SAMPLE, UsageError, notice
 from image import SUFFIXES
 
 MOST_NOTICES = 5  # of duplicates, one by one
 
 Pictures = dict[str, list[str]]  # class name -> paths
+
+
+def prepare_data(data_path: str) -> str:
+    """The folder that a --data-path means: "sample" is drawn, flower_photos downloaded."""
+    if data_path == SAMPLE:
+        from sample_flowers import draw_sample_flowers
+
+        return str(draw_sample_flowers("data/sample"))
+    if data_path == FLOWER_PHOTOS:
+        from flower_photos import download_flower_photos
+
+        return str(download_flower_photos(FLOWER_PHOTOS))
+    return data_path
 
 
 def find_pictures(root: str | Path) -> Pictures:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from cli import printable
+from cli import RunError, printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -49,6 +49,28 @@ def default_preprocessing(model_name: str) -> dict:
     values in 0 to 1. Networks without published weights use the same as x1.0."""
     resize = 232 if model_name in ("shufflenet_v2_x1_5", "shufflenet_v2_x2_0") else 256
     return {"resize": resize, "crop": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def check_preprocessing(preprocessing: object, source: str | Path) -> None:
+    """Raise RunError unless it is as `default_preprocessing` returns it; `source` says whence."""
+    values = preprocessing if isinstance(preprocessing, dict) else {}
+    resize, crop = values.get("resize"), values.get("crop")
+    if not (isinstance(resize, int) and isinstance(crop, int) and 1 <= crop <= resize <= 4096):
+        raise RunError(f"{source}: resize {resize!r} and crop {crop!r} are not 1 <= crop <= resize")
+    colours = [values.get("mean"), values.get("std")]
+    if not all(isinstance(c, list) and len(c) == 3 and all(map(_positive, c)) for c in colours):
+        raise RunError(f"{source}: mean {colours[0]!r} and std {colours[1]!r} are no colours")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < 1e3
+
+
+def check_classes(classes: object, source: str | Path) -> None:
+    """Raise RunError unless it is a list of different names."""
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or len(set(classes)) != len(classes):
+        raise RunError(f"{source}: its class names are no text, or one stands twice")
 
 
 def load_rgb(path: str | Path) -> Image.Image:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,9 +13,6 @@ from PIL import Image
 
 from cli import RunError, notice, printable
 from files import replacing
-
-if TYPE_CHECKING:  # torch is not imported to draw
-    from torch import Tensor
 
 # Matplotlib's own font, then those with Chinese, Japanese and Korean letters that are installed.
 FONTS = ["DejaVu Sans"]
@@ -66,11 +63,11 @@ def draw_curves(history: Sequence[dict]) -> Figure:
     return figure
 
 
-def draw_confusion_matrix(confusion: "Tensor", classes: Sequence[str], title: str) -> Figure:
+def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """Rows are the truth, columns the prediction; shades are the share of a row.
 
     Args:
-        confusion: tensor (n, n) of counts.
+        confusion: (n, n) counts.
         classes: n names.
     """
     n = len(classes)
@@ -78,7 +75,7 @@ def draw_confusion_matrix(confusion: "Tensor", classes: Sequence[str], title: st
     side = min(0.19 * n, 36) if large else 3 + 0.55 * n
     figure = Figure(figsize=(side + 1.5, side + 1), dpi=150, layout="constrained")
     axes = figure.subplots()
-    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()  # (n,n)
+    shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)  # (n,n)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if n <= MOST_NAMES:
         names, size = [short(name) for name in classes], 6 if large else 10
@@ -86,9 +83,9 @@ def draw_confusion_matrix(confusion: "Tensor", classes: Sequence[str], title: st
         axes.set_xticks(range(n), names, fontsize=size, **turn)
         axes.set_yticks(range(n), names, fontsize=size)
         place = {"ha": "center", "va": "center", "fontsize": 4.5 if large else 10}
-        for row, column in confusion.nonzero().tolist():
+        for row, column in np.argwhere(confusion):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, confusion[row, column].item(), color=colour, **place)
+            axes.text(column, row, confusion[row, column], color=colour, **place)
     axes.set_xlabel("prediction")
     axes.set_ylabel("truth")
     axes.set_title(title)

@@ -2,6 +2,7 @@
 
     python predict.py PICTURE
     python predict.py FOLDER --weights runs/RUN/best.pth --json
+    python predict.py FOLDER --weights model.onnx --output result.csv
     python predict.py PICTURE --save-plot result.png
 
 Prints for each picture its path and the most probable classes, best first. A picture that cannot
@@ -9,10 +10,13 @@ be read is named on stderr, the others are classified, and the exit code is 1.
 """
 
 import argparse
+import contextlib
+import csv
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +24,12 @@ import cli
 from cli import RunError, UsageError, notice, printable
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
-    from checkpoint import Classifier
-
-BATCH = 32  # pictures per step
 PANELS = 32  # pictures in a plot
 PLOTS = (".png", ".jpg", ".pdf", ".svg")
+TABLES = (".csv", ".jsonl")
+MANY = 64  # pictures from which on a progress bar is worth its import
 
 
 def build_parser() -> cli.Parser:
@@ -37,19 +40,18 @@ def build_parser() -> cli.Parser:
         metavar="IMAGE_OR_DIR",
         help="pictures, and folders in which to look for them, also below",
     )
-    network = parser.add_argument_group("network")
-    network.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="best.pth of a run, or a bare state dict (when not said: the newest runs/*/best.pth)",
-    )
-    cli.add_device(network)
+    cli.add_inference(parser.add_argument_group("network"))
     output = parser.add_argument_group("output")
     output.add_argument(
         "--topk", type=cli.number(int, 1), default=5, metavar="K",
         help="classes per picture, at most as many as there are",
     )  # fmt: skip
     output.add_argument("--json", action="store_true", help="one JSON object a line")
+    output.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write results there (.csv, or .jsonl with one JSON object a line), not to the screen",
+    )
     output.add_argument(
         "--save-plot", metavar="FILE", help="draw the pictures with their classes (PNG, PDF, SVG)"
     )
@@ -58,88 +60,102 @@ def build_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> list[dict]:
-    """Classify as the options say; returns the objects that `--json` prints."""
+    """Classify as the options say; returns what `--json` prints, with `--output` at most as many
+    of the first results as a plot shows."""
     paths = _find(args.pictures)
     weights = args.weights or cli.newest_run("best.pth")
     cli.require_path(weights, "--weights")
-    if args.save_plot:
-        _check_plot(Path(args.save_plot))
+    for flag, path, suffixes in (
+        ("--save-plot", args.save_plot, PLOTS),
+        ("--output", args.output, TABLES),
+    ):
+        if path:
+            _check_file(flag, Path(path), suffixes)
 
-    # Seconds of imports, so not before the paths are known to be right.
-    import checkpoint
-    from utils import choose_device
+    # Imports that take a while, so not before the paths are known to be right.
+    from image import ImageError
+    from pipeline import stream
+    from runtime import open_network
 
-    classifier = checkpoint.load_classifier(weights)
-    device = choose_device(args.device)
-    classifier.model.to(device)
-
+    threads = max(1, args.workers)
+    network = open_network(
+        weights, device=args.device, runtime=args.runtime, amp=args.amp, pictures=len(paths),
+        threads=threads,
+    )  # fmt: skip
+    topk = min(args.topk, len(network.classes))
     results, failed = [], 0
-    for path, answer in classify(paths, classifier, device, args.topk):
-        if isinstance(answer, Exception):
-            failed += 1
-            notice(f"error: {answer}")
-            continue
-        results.append({"path": path, "predictions": answer})
-        if args.json:
-            cli.say(json.dumps(results[-1]))
-        else:
-            cli.say(printable(path))
-            for guess in answer:
-                cli.say(f"class: {printable(guess['class']):<10}   prob: {guess['prob']:.3f}")
+    with _writer(args, topk) as write, _progress(args, len(paths)) as step:
+        for path, answer in stream(paths, network.run, network.preprocessing, threads=threads):
+            step()
+            if isinstance(answer, ImageError):
+                failed += 1
+                notice(f"error: {answer}")
+                continue
+            result = {"path": path, "predictions": best_classes(answer, network.classes, topk)}
+            write(result)
+            if not args.output or len(results) < PANELS:
+                results.append(result)
 
     if results and (args.save_plot or args.show):
         _plot(results, args)
+    if args.output:
+        notice(f"{len(paths) - failed} pictures, {network.computed_by}, written to {args.output}")
     if failed:
         raise RunError(f"{failed} of {len(paths)} pictures could not be read, named above")
     return results
 
 
-def classify(
-    paths: list[str], classifier: "Classifier", device: "torch.device", topk: int
-) -> Iterator[tuple[str, list[dict] | Exception]]:
-    """Classify pictures in batches, in order.
+def best_classes(logits: "np.ndarray", classes: list[str], topk: int) -> list[dict]:
+    """[{"class": name, "prob": 0 to 1}, ...], the `topk` best first, of logits (classes,)."""
+    from metrics import softmax
 
-    Args:
-        paths: picture files.
-        classifier: what `checkpoint.load_classifier` returned, its model on `device`.
-        device: where the model is.
-        topk: answers per picture, at most one per class.
+    probabilities = softmax(logits[None])[0]
+    order = (-probabilities).argsort(kind="stable")[:topk]
+    return [{"class": classes[i], "prob": float(probabilities[i])} for i in order]
 
-    Yields:
-        path and [{"class": name, "prob": 0 to 1}, ...], best first, or the error that says why
-        the picture could not be read.
-    """
-    import torch
 
-    from image import ImageError, load_rgb
-    from my_dataset import eval_transform, normalize
+@contextlib.contextmanager
+def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], None]]:
+    """What takes each result as soon as it is there, so that Ctrl-C loses none."""
+    if not args.output:
+        yield _say_json if args.json else _say_text
+        return
+    # Not renamed at the end: whoever interrupts keeps the whole lines written so far.
+    with open(args.output, "w", newline="", encoding="utf-8", buffering=1) as file:
+        if args.output.lower().endswith(".jsonl"):
+            yield lambda result: print(json.dumps(result), file=file)
+            return
+        table = csv.writer(file)
+        columns = [f"{kind}_{rank + 1}" for rank in range(topk) for kind in ("class", "prob")]
+        table.writerow(["path", *columns])
 
-    transform = eval_transform(classifier.preprocessing)
-    for first in range(0, len(paths), BATCH):
-        batch, errors, tensors = paths[first : first + BATCH], {}, []
-        for path in batch:
-            try:
-                tensors.append(transform(load_rgb(path)))
-            except ImageError as error:
-                errors[path] = error
-        answers = iter([])
-        if tensors:
-            with torch.inference_mode():
-                images = normalize(torch.stack(tensors).to(device), classifier.preprocessing)
-                probabilities = classifier.model(images).softmax(1)  # (N, classes)
-                best = probabilities.topk(min(topk, len(classifier.classes)))  # 2 x (N, topk)
-            answers = iter(zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        for path in batch:
-            if path in errors:
-                yield path, errors[path]
-                continue
-            yield (
-                path,
-                [
-                    {"class": classifier.classes[index], "prob": prob}
-                    for prob, index in zip(*next(answers), strict=True)
-                ],
-            )
+        def write(result: dict) -> None:
+            guesses = ((g["class"], round(g["prob"], 6)) for g in result["predictions"])
+            table.writerow([result["path"], *(cell for guess in guesses for cell in guess)])
+
+        yield write
+
+
+def _say_json(result: dict) -> None:
+    cli.say(json.dumps(result))
+
+
+def _say_text(result: dict) -> None:
+    cli.say(printable(result["path"]))
+    for guess in result["predictions"]:
+        cli.say(f"class: {printable(guess['class']):<10}   prob: {guess['prob']:.3f}")
+
+
+@contextlib.contextmanager
+def _progress(args: argparse.Namespace, count: int) -> Iterator[Callable[[], None]]:
+    """A bar for many pictures, unless it would run through the results on a terminal."""
+    if count < MANY or (sys.stdout.isatty() and not args.output):
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=count, desc="classifying", unit="img", leave=False) as bar:
+        yield bar.update
 
 
 def _find(places: list[str]) -> list[str]:
@@ -159,10 +175,12 @@ def _find(places: list[str]) -> list[str]:
     return paths
 
 
-def _check_plot(path: Path) -> None:
-    if path.suffix.lower() not in PLOTS:
-        raise UsageError(f"--save-plot {path}: the suffix must be one of {' '.join(PLOTS)}")
-    cli.require_path(path.parent, "--save-plot", folder=True)
+def _check_file(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{flag} {path}: the suffix must be one of {' '.join(suffixes)}")
+    cli.require_path(path.parent, flag, folder=True)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder")
 
 
 def _plot(results: list[dict], args: argparse.Namespace) -> None:

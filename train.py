@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> dict:
     weights = _read_weights(args.model, "" if state else args.weights)
 
     # Data.
-    root = utils.prepare_data(args.data_path)
+    root = folders.prepare_data(args.data_path)
     train_pictures, val_pictures = folders.split_pictures(root, args.val_rate, args.seed)
     classes = list(train_pictures)
     train = folders.with_labels(train_pictures, classes)
@@ -174,14 +174,15 @@ def main(args: argparse.Namespace) -> dict:
     model.to(device)
 
     # What is trained, and on what.
-    options = {"batch_size": args.batch_size, "workers": args.workers}
     if cached:
         learner, train_loader, val_loader = features.head_and_loaders(
-            model, train, val, preprocessing, device, amp=amp, seed=args.seed, **options
-        )
+            model, train, val, preprocessing, device,
+            batch_size=args.batch_size, threads=args.workers + 1, seed=args.seed, amp=amp,
+        )  # fmt: skip
         amp = None  # the head is a single small layer
     else:
         learner = model
+        options = {"batch_size": args.batch_size, "workers": args.workers}
         train_set = MyDataSet(*train, train_transform(preprocessing), args.seed)
         val_set = MyDataSet(*val, eval_transform(preprocessing))
         train_loader = DeviceLoader(train_set, device, preprocessing, shuffle=True, **options)
@@ -248,7 +249,7 @@ def main(args: argparse.Namespace) -> dict:
             best = {
                 "accuracy": row["val_accuracy"],
                 "epoch": epoch + 1,
-                "confusion": result["confusion"],
+                "confusion": torch.from_numpy(result["confusion"]),
             }
         usable = {
             "model": {name: value.cpu() for name, value in model.state_dict().items()},
@@ -408,7 +409,7 @@ def _draw(output_dir: Path, history: list[dict], best: dict, classes: list[str])
 
     plots.save_figure(plots.draw_curves(history), output_dir / "curves.png")
     title = f"validation, epoch {best['epoch']}, accuracy {best['accuracy']:.3f}"
-    figure = plots.draw_confusion_matrix(best["confusion"], classes, title)
+    figure = plots.draw_confusion_matrix(best["confusion"].numpy(), classes, title)
     plots.save_figure(figure, output_dir / "confusion_matrix.png")
 
 

@@ -1,4 +1,4 @@
-"""Training for an epoch, evaluating, and what they need: split, device, seed, schedule."""
+"""Training for an epoch, validating, and what they need: split, device, seed, schedule."""
 
 import math
 import random
@@ -6,12 +6,13 @@ import sys
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import FLOWER_PHOTOS, SAMPLE, RunError, UsageError
+from cli import RunError, UsageError
 from folders import split_pictures, with_labels
+from metrics import measure
 from my_dataset import DeviceLoader
 
 
@@ -27,19 +28,6 @@ def read_split_data(
     """
     train, val = split_pictures(root, val_rate, seed)
     return *with_labels(train, list(train)), *with_labels(val, list(train))
-
-
-def prepare_data(data_path: str) -> str:
-    """The folder that a --data-path means: "sample" is drawn, flower_photos downloaded."""
-    if data_path == SAMPLE:
-        from sample_flowers import draw_sample_flowers
-
-        return str(draw_sample_flowers("data/sample"))
-    if data_path == FLOWER_PHOTOS:
-        from flower_photos import download_flower_photos
-
-        return str(download_flower_photos(FLOWER_PHOTOS))
-    return data_path
 
 
 def choose_device(name: str) -> torch.device:
@@ -179,41 +167,19 @@ def evaluate(
     Args: as of `train_one_epoch`; `title` names the progress bar.
 
     Returns:
-        {"loss": mean, "accuracy": top-1, 0 to 1, "top5": likewise, None for five classes or
-        fewer, "images": count, "images_per_second": rate, "confusion": int64 (classes, classes)
-        [truth, prediction]}, and for each picture, in order, "losses" (n,), "predicted" (n,)
-        and "confidence" (n,), the probability of the prediction.
+        what `metrics.measure` returns, and "images_per_second".
     """
     model.eval()
-    losses, predicted, confidence, in_top5, labels_seen = [], [], [], [], []
+    outputs, truth = [], []
     with _progress(data_loader, title) as bar:
         for images, labels in data_loader:
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                logits = model(images).float()  # (N, classes)
-            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
-            top = logits.softmax(1).topk(min(5, logits.shape[1]))  # 2 x (N, 5)
-            confidence.append(top.values[:, 0])
-            predicted.append(top.indices[:, 0])
-            in_top5.append((top.indices == labels[:, None]).any(1))
-            labels_seen.append(labels)
+                outputs.append(model(images).float())  # (N, classes)
+            truth.append(labels)
             bar.update(len(labels))
-    losses, predicted, confidence, in_top5, labels = (
-        torch.cat(parts).cpu() for parts in (losses, predicted, confidence, in_top5, labels_seen)
-    )
-    classes = logits.shape[1]
-    pairs = labels * classes + predicted
-    return {
-        "loss": losses.double().mean().item(),
-        "accuracy": (predicted == labels).double().mean().item(),
-        "top5": in_top5.double().mean().item() if classes > 5 else None,
-        "images": len(labels),
-        "images_per_second": len(labels) / bar.format_dict["elapsed"],
-        "confusion": torch.bincount(pairs, minlength=classes**2).view(classes, classes),
-        "losses": losses,
-        "predicted": predicted,
-        "confidence": confidence,
-    }
+    result = measure(torch.cat(outputs).cpu().numpy(), torch.cat(truth).cpu().numpy())
+    return result | {"images_per_second": len(data_loader.dataset) / bar.format_dict["elapsed"]}
 
 
 def _progress(data_loader: DataLoader | DeviceLoader, title: str) -> tqdm:
@@ -225,30 +191,3 @@ def _progress(data_loader: DataLoader | DeviceLoader, title: str) -> tqdm:
         dynamic_ncols=True,
         file=sys.stderr,
     )
-
-
-def class_report(confusion: Tensor, classes: list[str]) -> list[dict]:
-    """Precision, recall and F1 of each class, None where they divide by zero.
-
-    Args:
-        confusion: (classes, classes), rows the truth, columns the prediction.
-        classes: their names.
-    """
-
-    def ratio(a: int, b: int) -> float | None:
-        return a / b if b else None
-
-    rows = []
-    for index, name in enumerate(classes):
-        hits = confusion[index, index].item()
-        actual, claimed = confusion[index].sum().item(), confusion[:, index].sum().item()
-        rows.append(
-            {
-                "class": name,
-                "images": actual,
-                "precision": ratio(hits, claimed),
-                "recall": ratio(hits, actual),
-                "f1": ratio(2 * hits, actual + claimed),
-            }
-        )
-    return rows

@@ -29,6 +29,17 @@ def run_dir(flowers, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def onnx_file(run_dir, flowers, tmp_path_factory):
+    """The best network of `run_dir`, exported."""
+    import export
+
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    words = ["--weights", run_dir / "best.pth", "--output", path, "--check-on", flowers]
+    export.main(export.build_parser().parse_args([*map(str, words)]))
+    return path
+
+
 @pytest.fixture
 def shell(tmp_path):
     """Run a script of the repository in an empty folder: shell("train.py", "--help")."""

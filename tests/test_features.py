@@ -41,7 +41,7 @@ def pictures(flowers):
 
 
 def compute(network, paths, cache, **more):
-    options = {"workers": 0, "cache": cache} | more
+    options = {"threads": 1, "cache": cache} | more
     return features.cached_features(network, paths, PREPROCESSING, CPU, **options)
 
 
@@ -158,7 +158,7 @@ def unread(monkeypatch):
     def refuse(*args):
         raise AssertionError("a picture was read")
 
-    monkeypatch.setattr("my_dataset.load_rgb", refuse)
+    monkeypatch.setattr("pipeline.load_rgb", refuse)
 
 
 def test_a_second_run_reads_no_picture(network, pictures, tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_statistics_are_those_of_the_training_pictures(network, pictures, tmp_pa
     monkeypatch.setattr(features, "CACHE", tmp_path)
     paths, labels = pictures
     train, val = (paths[:20], labels[:20]), (paths[20:], labels[20:])
-    options = {"batch_size": 8, "workers": 0, "seed": 0}
+    options = {"batch_size": 8, "threads": 1, "seed": 0}
     _, loader, _ = features.head_and_loaders(network, train, val, PREPROCESSING, CPU, **options)
     expected = torch.tensor(compute(network, train[0], tmp_path)).mean(0)
     torch.testing.assert_close(loader.mean, expected)
@@ -231,7 +231,7 @@ torch.manual_seed(0)
 model = build_model("shufflenet_v2_x0_5", 5)
 prep = default_preprocessing("shufflenet_v2_x0_5")
 from pathlib import Path
-a = features.cached_features(model, sys.argv[2:], prep, torch.device("cpu"), workers=0,
+a = features.cached_features(model, sys.argv[2:], prep, torch.device("cpu"), threads=1,
                              cache=Path(sys.argv[1]))
 print(a.sum())
 """

@@ -2,10 +2,14 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -390,6 +394,12 @@ def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
         ("predict.py", ["file", "--topk", "0"], "0 must be at least 1"),
         ("predict.py", ["file", "--weights", "file", "--save-plot", "x.txt"], "suffix must be one"),
         ("predict.py", ["file", "--weights", "file", "--save-plot", "no/x.png"], "no such folder"),
+        ("predict.py", ["file", "--weights", "file", "--output", "x.txt"], "one of .csv .jsonl"),
+        ("predict.py", ["file", "--weights", "file", "--output", "no/x.csv"], "no such folder"),
+        ("predict.py", ["file", "--weights", "no.onnx"], "--weights no.onnx: no such file"),
+        ("predict.py", ["file", "--runtime", "x"], "invalid choice: 'x'"),
+        ("export.py", [], "there is no runs/*/best.pth here"),
+        ("export.py", ["--weights", "file", "--output", "x.pt"], "the suffix must be .onnx"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(shell, tmp_path, script, args, message):
@@ -402,11 +412,11 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(shell, tmp_path, script
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py", "export.py"])
 def test_help_groups_options_prints_defaults_and_imports_nothing_heavy(shell, script):
     result = shell(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0
-    assert "(default: auto)" in result.stdout
+    assert "(default: " in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tqdm"}
@@ -459,9 +469,9 @@ def test_eval_takes_the_data_of_the_run_unless_told_otherwise(tmp_path, run_dir)
 
 def test_mistakes_are_listed_and_captioned_by_hand():
     result = {
-        "predicted": torch.tensor([0, 1, 1, 0]),
-        "confidence": torch.tensor([0.5, 0.75, 0.25, 1.0]),
-        "losses": torch.tensor([1.0, 2.0, 0.1, 3.0]),
+        "predicted": np.array([0, 1, 1, 0]),
+        "confidence": np.array([0.5, 0.75, 0.25, 1.0]),
+        "losses": np.array([1.0, 2.0, 0.1, 3.0]),
     }
     rows = evaluate_script._mistakes(result, ["a/1", "a/2", "b/3", "b/4"], [0, 0, 1, 1], ["x", "y"])
     assert [row["path"] for row in rows] == ["b/4", "a/2"]
@@ -623,3 +633,92 @@ def test_predict_warns_when_the_json_beside_the_weights_disagrees(
     assert "class_indices.json names other classes than run/best.pth" in capsys.readouterr().err
     expected = run_predict(flowers / "roses", "--weights", run_dir / "best.pth")
     assert [r["predictions"] for r in results] == [r["predictions"] for r in expected]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_an_exported_network_needs_neither_torch_nor_torchvision(
+    shell, flowers, run_dir, onnx_file, runtime
+):
+    options = ["--weights", onnx_file, "--runtime", runtime]
+    profile = {"PYTHONPROFILEIMPORTTIME": "1"}
+    for script, words in (
+        ("predict.py", [flowers / "roses", "--json"]),
+        ("eval.py", ["--data-path", flowers]),
+    ):
+        result = shell(script, *words, *options, env=profile)
+        assert result.returncode == 0, result.stderr
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+        assert runtime in imported
+        assert not imported & {"torch", "torchvision"}
+        last = json.loads(result.stdout.splitlines()[-1])
+        if script == "predict.py":
+            expected = run_predict(flowers / "roses", "--weights", run_dir / "best.pth")[-1]
+            assert last["path"] == expected["path"]
+            found = {guess["class"]: guess["prob"] for guess in last["predictions"]}
+            for guess in expected["predictions"]:
+                assert found[guess["class"]] == pytest.approx(guess["prob"], abs=1e-5)
+        else:
+            expected = run_eval("--data-path", flowers, "--weights", run_dir / "best.pth")
+            assert last["accuracy"] == expected["accuracy"]
+            assert last["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_is_used_without_torchvision(shell, flowers, run_dir):
+    picture = flowers / "roses" / "roses_000.jpg"
+    options = ["--weights", run_dir / "best.pth"]
+    result = shell("predict.py", picture, *options, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "torch" in imported
+    assert not imported & {"torchvision", "matplotlib"}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_predict_writes_tables_in_the_order_of_the_pictures(
+    flowers, tmp_path, run_dir, capsys, workers
+):
+    options = ["--weights", run_dir / "best.pth", "--topk", 2, "-j", workers]
+    expected = run_predict(flowers, *options)
+    capsys.readouterr()
+    run_predict(flowers, *options, "--output", "result.jsonl")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "40 pictures, PyTorch on cpu, written to result.jsonl" in err
+    lines = (tmp_path / "result.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected
+
+    run_predict(flowers, *options, "--output", "result.csv")
+    with open(tmp_path / "result.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "class_1", "prob_1", "class_2", "prob_2"]
+    for row, result in zip(rows, expected, strict=True):
+        assert row["path"] == result["path"]
+        for rank, guess in enumerate(result["predictions"], 1):
+            assert row[f"class_{rank}"] == guess["class"]
+            assert float(row[f"prob_{rank}"]) == pytest.approx(guess["prob"], abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_an_interrupted_predict_leaves_whole_lines(flowers, tmp_path, onnx_file, suffix):
+    many = tmp_path / "many"
+    many.mkdir()
+    for index in range(1000):
+        os.link(flowers / "roses" / "roses_000.jpg", many / f"{index:04}.jpg")
+    table = tmp_path / f"result.{suffix}"
+    words = [ROOT / "predict.py", many, "--weights", onnx_file, "--output", table]
+    process = subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while (not table.exists() or table.stat().st_size < 5000) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "error: interrupted"
+    lines = table.read_text().splitlines()
+    assert 10 < len(lines) < 1000
+    if suffix == "jsonl":
+        paths = [json.loads(line)["path"] for line in lines]
+    else:
+        rows = list(csv.reader(lines))
+        assert {len(row) for row in rows} == {11}
+        paths = [row[0] for row in rows[1:]]
+    assert paths == [str(many / f"{index:04}.jpg") for index in range(len(paths))]
