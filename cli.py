@@ -128,13 +128,13 @@ def add_workers(group: argparse._ActionsContainer) -> None:
         "-j",
         "--workers",
         type=number(int, 0, 256),
-        default=min(max(1, _cores() - 1), 8),
+        default=min(max(1, cores() - 1), 8),
         metavar="N",
         help="processes that read pictures; 0 reads in the main process",
     )
 
 
-def _cores() -> int:
+def cores() -> int:
     """How many this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -158,7 +158,7 @@ def add_inference(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument("--amp", action="store_true", help="compute in bfloat16")
     group.add_argument(
-        "-j", "--workers", type=number(int, 0, 256), default=_cores(), metavar="N",
+        "-j", "--workers", type=number(int, 0, 256), default=cores(), metavar="N",
         help="threads that read and classify, each on one core; 0 is one",
     )  # fmt: skip
 

@@ -28,6 +28,8 @@ from cli import RunError, UsageError, notice
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
+    from torch import nn
 
     from checkpoint import Classifier
 
@@ -79,7 +81,7 @@ def main(args: argparse.Namespace) -> dict:
     runtimes = installed_runtimes()
     trained = checkpoint.load_classifier(weights)
     images = _pictures(args.check_on or trained.args.get("data_path"), trained.preprocessing)
-    data = _to_onnx(trained)
+    data = _to_file(trained)
     differences = {}
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder, "draft.onnx")
@@ -105,14 +107,10 @@ def main(args: argparse.Namespace) -> dict:
     return summary
 
 
-def _to_onnx(trained: "Classifier") -> bytes:
-    """The file: the rewritten network, with what is needed to use it."""
+def to_onnx(network: "nn.Module", crop: int) -> "onnx.ModelProto":
+    """A network of pictures (N, 3, crop, crop) as ONNX, N free, without names of this machine."""
     import torch
 
-    from inference import optimize_for_inference
-
-    network = optimize_for_inference(trained.model).network
-    crop = trained.preprocessing["crop"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
         program = torch.onnx.export(
@@ -126,11 +124,20 @@ def _to_onnx(trained: "Classifier") -> bytes:
             verbose=False,
         )
     model = program.model_proto
-    # Names of files and functions of this machine are nobody's business.
     graph = model.graph
+    # torch notes the files and lines of this machine at every node.
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         del part.metadata_props[:]
     model.ir_version = IR_VERSION
+    return model
+
+
+def _to_file(trained: "Classifier") -> bytes:
+    """The rewritten network, with what is needed to use it."""
+    from inference import optimize_for_inference
+
+    crop = trained.preprocessing["crop"]
+    model = to_onnx(optimize_for_inference(trained.model).network, crop)
     # Of the options only those that `eval.py` needs for the same split.
     kept = {k: v for k, v in trained.args.items() if k in ("val_rate", "seed")}
     for name, value in {

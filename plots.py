@@ -93,6 +93,20 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: 
     return figure
 
 
+def draw_bars(values: dict[str, float], title: str) -> Figure:
+    """Horizontal bars, each with its name and its value."""
+    figure = Figure(figsize=(8, 0.6 + 0.36 * len(values)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    ours = [name.startswith("ours") for name in values]
+    bars = axes.barh(list(values), list(values.values()), color=[f"C{int(not o)}" for o in ours])
+    axes.bar_label(bars, fmt="{:.0f}", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title)
+    return figure
+
+
 def draw_pictures(
     pictures: Sequence[tuple[Image.Image, str]], figure: Figure | None = None
 ) -> Figure:

@@ -73,7 +73,7 @@ def open_network(
         raise UsageError(f"--device {device}: an .onnx file is computed on the CPU; use the .pth")
     runtime = _choose_runtime(runtime, amp, pictures)
     try:
-        run, metadata = _OPEN[runtime](Path(weights), threads, amp)
+        run, metadata = OPEN[runtime](Path(weights), threads, amp)
     except Exception as error:  # each runtime has its own classes of errors
         reason = str(error).strip().rpartition("\n")[2]
         raise RunError(f"{weights}: no ONNX file, or damaged ({reason})") from None
@@ -166,11 +166,13 @@ def torch_run(
     return run
 
 
-def _open_onnxruntime(path: Path, threads: int, amp: bool) -> tuple[Callable, dict]:
+def _open_onnxruntime(
+    path: Path, streams: int, amp: bool, threads: int = 1
+) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, str]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # of each thread that calls
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -180,21 +182,22 @@ def _open_onnxruntime(path: Path, threads: int, amp: bool) -> tuple[Callable, di
     return run, session.get_modelmeta().custom_metadata_map
 
 
-def _open_openvino(path: Path, threads: int, amp: bool) -> tuple[Callable, dict]:
+def _open_openvino(
+    path: Path, streams: int, amp: bool, threads: int = 1
+) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, str]]:
     import openvino
     from openvino.frontend import FrontEndManager
 
-    core = openvino.Core()
-    if amp and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if amp and not openvino_has_bfloat16():
         notice("--amp: this CPU has no bfloat16; OpenVINO computes in float32")
     options = {
         "INFERENCE_PRECISION_HINT": "bf16" if amp else "f32",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": threads,
+        "INFERENCE_NUM_THREADS": streams * threads,
+        "NUM_STREAMS": streams,
     }
     reader = FrontEndManager().load_by_framework("onnx")  # Core.read_model tries other formats too
     model = reader.convert(reader.load(str(path)))
-    compiled = core.compile_model(model, "CPU", options)
+    compiled = openvino.Core().compile_model(model, "CPU", options)
     local = threading.local()
 
     def run(x: np.ndarray) -> np.ndarray:
@@ -207,4 +210,13 @@ def _open_openvino(path: Path, threads: int, amp: bool) -> tuple[Callable, dict]
     return run, {name: value.value for name, value in metadata.items()}
 
 
-_OPEN = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
+def openvino_has_bfloat16() -> bool:
+    """Whether OpenVINO finds bfloat16 in this CPU."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+# (path, number of calls at once, bfloat16 or not, threads of each call) -> a function of normalised
+# pictures (N, 3, H, W) that returns logits (N, classes), and the metadata of the file.
+OPEN = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}

@@ -1,24 +1,99 @@
-"""The benchmark runs both loops and reports what they did; its figures are for people."""
+"""The benchmarks run what they say, compare the answers and report; figures are for people."""
 
 import json
 
+import numpy as np
+import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import benchmark
+from cli import RunError, UsageError
+
+
+def run_benchmark(*words):
+    return benchmark.main(benchmark.build_parser().parse_args([*map(str, words)]))
 
 
 def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys):
     torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "w.pth")
-    words = ["train", flowers, "--weights", tmp_path / "w.pth", "--epochs", 1, "--seeds", 1]
-    args = benchmark.build_parser().parse_args([*map(str, words), "-j", "0", "--json"])
-    report = benchmark.main(args)
+    words = ["train", flowers, "--weights", tmp_path / "w.pth", "--model", "shufflenet_v2_x0_5"]
+    report = run_benchmark(*words, "--epochs", 1, "--seeds", 1, "-j", 0, "--json")
     assert json.loads(capsys.readouterr().out) == report
     names = [row["name"] for row in report["rows"]]
-    assert names == ["plain loop", "cached features, first run", "cached features, again"]
+    assert names == ["plain.py", "train.py, first run", "train.py, again"]
     first, again = report["rows"][1:]
-    assert first["accuracy"] == again["accuracy"]
-    assert all(row["seconds"] > 0 and row["peak_megabytes"] > 100 for row in report["rows"])
-    benchmark._print_table(report)
-    table = capsys.readouterr().out.splitlines()
-    assert table[2].count("|") == table[3].count("|") == table[4].count("|") == 6
+    assert first["accuracy, last epoch"] == again["accuracy, last epoch"]
+    assert all(row["seconds"] > 0 and row["peak MB"] > 100 for row in report["rows"])
+
+
+def test_inference_measures_every_runtime_and_draws_it(tmp_path, capsys):
+    words = ["inference", "--model", "shufflenet_v2_x0_5", "--batch-sizes", 1, 3, "--rounds", 1]
+    report = run_benchmark(*words, "--seconds", 0, "--no-compile", "--plot", tmp_path / "bars.png")
+    names = {row["name"] for row in report["rows"]}
+    runtimes = ("PyTorch", "ONNX Runtime", "OpenVINO")
+    assert names == (
+        {f"torchvision, {runtime}" for runtime in runtimes}
+        | {f"ours, {runtime}" for runtime in runtimes}
+        | {f"ours, {runtime}, a batch a core" for runtime in runtimes}
+    )
+    for row in report["rows"]:
+        assert row["img/s, batch 3"] > 0
+        assert 0 < row["ms, batch 1"] <= row["95 %, batch 1"]
+    lines = capsys.readouterr().out.splitlines()
+    assert " threads, 1 rounds in turns" in lines[0]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    Image.open(tmp_path / "bars.png").verify()
+
+
+def test_a_fast_wrong_answer_is_an_error():
+    right = np.ones((2, 5), np.float32)
+    benchmark._check("x", right + 1e-6, right)
+    benchmark._check("x bfloat16", right + 1e-2, right)
+    for name, wrong in (("x", right + 1e-2), ("x bfloat16", right * 2), ("x", right * np.nan)):
+        with pytest.raises(RunError, match="computes other logits"):
+            benchmark._check(name, wrong, right)
+
+
+def test_candidates_take_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = benchmark._take_turns(calls, rounds=3, seconds=0)
+    assert order == ["a", "b"] * 4  # a round to warm up
+    assert [len(times[name]) for name in "ab"] == [3, 3]
+
+
+def test_startup_compares_scripts_and_their_answers(flowers, tmp_path):
+    picture = flowers / "roses" / "roses_000.jpg"
+    report = run_benchmark("startup", picture, "--model", "shufflenet_v2_x0_5", "--rounds", 1)
+    plain, checkpoint, *exported = report["rows"]
+    assert (plain["name"], checkpoint["name"]) == ("plain.py", "predict.py, .pth")
+    names = [row["name"] for row in exported]
+    assert names == ["predict.py, .onnx, onnxruntime", "predict.py, .onnx, openvino"]
+    assert all(row["same class, %"] == 100 for row in (checkpoint, *exported))
+    assert all(row["peak MB"] < plain["peak MB"] for row in exported)
+
+
+def test_pipeline_wants_a_folder_and_startup_a_picture(flowers):
+    with pytest.raises(UsageError, match="not a folder"):
+        run_benchmark("pipeline", flowers / "roses" / "roses_000.jpg")
+    with pytest.raises(UsageError, match="not a file"):
+        run_benchmark("startup", flowers)
+
+
+def test_other_answers_are_refused(tmp_path):
+    table = tmp_path / "t.jsonl"
+    guesses = [
+        {"class": name, "prob": prob}
+        for name, prob in zip("abcde", [0.6, 0.4, 0, 0, 0], strict=True)
+    ]
+    table.write_text(json.dumps({"path": "x", "predictions": guesses}))
+    same = {"same class, %": 100.0, "largest difference": 0.0}
+    assert benchmark._compare("predict.py", table, {"x": [0.6, 0.4, 0, 0, 0]}) == same
+    with pytest.raises(RunError, match="0.0% the same classes"):
+        benchmark._compare("predict.py", table, {"x": [0.4, 0.6, 0, 0, 0]})
+    with pytest.raises(RunError, match="probabilities off by 0.02"):
+        benchmark._compare("predict.py", table, {"x": [0.62, 0.38, 0, 0, 0]})
+    with pytest.raises(RunError, match="answered for 1 of 2 pictures"):
+        benchmark._compare("predict.py", table, {"x": [1], "y": [1]})

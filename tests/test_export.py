@@ -71,7 +71,7 @@ def test_a_file_that_disagrees_is_not_left(
     weight = next(t for t in model.graph.initializer if t.name == "conv5.0.weight")
     values = onnx.numpy_helper.to_array(weight)[:, ::-1].copy()  # channels in another order
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-    monkeypatch.setattr(export, "_to_onnx", lambda trained: model.SerializeToString())
+    monkeypatch.setattr(export, "_to_file", lambda trained: model.SerializeToString())
     monkeypatch.setattr("runtime.installed_runtimes", lambda: [runtime])
     words = ["--weights", run_dir / "best.pth", "--check-on", flowers]
     (tmp_path / "m.onnx").write_bytes(b"what was there before")
@@ -98,7 +98,7 @@ def test_mistakes_are_found_before_the_work(run_dir, tmp_path, monkeypatch):
 
 
 def test_one_picture_is_enough_to_compare_on(onnx_file, run_dir, flowers, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_to_onnx", lambda trained: onnx_file.read_bytes())
+    monkeypatch.setattr(export, "_to_file", lambda trained: onnx_file.read_bytes())
     words = ["--weights", run_dir / "best.pth", "--output", tmp_path / "m.onnx"]
     summary = run_export(*words, "--check-on", flowers / "roses" / "roses_001.jpg")
     assert (tmp_path / "m.onnx").read_bytes() == onnx_file.read_bytes()
