@@ -42,7 +42,7 @@ def test_every_command_works_in_the_order_it_is_read(newcomer, shell):
         result = shell(*words[1:], *short)
         assert result.returncode == 0, f"{line}\n{result.stderr}"
         ran.append(words[1])
-    assert set(ran) == {"train.py", "eval.py", "predict.py"}
+    assert set(ran) == {"train.py", "eval.py", "predict.py", "export.py"}
     assert (newcomer / "result.png").exists()
 
     (code,) = blocks("README.md", "python")
