@@ -239,6 +239,8 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
         code = _fail(_os_error(error), 1)
     except (RunError, MemoryError) as error:
         code = _fail(str(error) or "out of memory: use a smaller --batch-size", 1)
+    except ModuleNotFoundError as error:
+        code = _fail(f"{error.name} is not installed: pip install -r requirements.txt", 1)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
     except RuntimeError as error:

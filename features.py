@@ -16,6 +16,7 @@ so that what is saved is the plain architecture.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -76,6 +77,7 @@ def cached_features(
     shape = (len(paths), model.fc.in_features)
     features = _read(file, shape)
     if features is None:
+        _clear(cache)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             features = _reserve(temporary, shape)
@@ -121,6 +123,14 @@ def _key(model: nn.Module, paths: list[str], preprocessing: dict, amp: torch.dty
         times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
         digest.update(place + b"\0" + times.encode() + b"\0")
     return digest.hexdigest()[:32]
+
+
+def _clear(cache: Path) -> None:
+    """Remove what killed runs left half-written more than a day ago."""
+    for file in cache.glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > 24 * 3600:
+                file.unlink()
 
 
 def _reserve(file: Path, shape: tuple[int, int]) -> np.ndarray:

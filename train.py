@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.tensorboard import SummaryWriter
 
+    from features import FeatureLoader
+
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Train or fine-tune a ShuffleNet on a folder of pictures.")
@@ -198,7 +200,10 @@ def main(args: argparse.Namespace) -> dict:
         scaler.load_state_dict(state["scaler"])
         history, best = state["history"], state["best"]
         if cached:
-            learner.load_state_dict(state["head"])
+            head = state["head"]
+            learner.load_state_dict(head["weights"])
+            for loader in (train_loader, val_loader):  # the scales that the head was trained on
+                loader.mean, loader.std = (head[name].to(device) for name in ("mean", "std"))
 
     # Output folder.
     output_dir = Path(args.output_dir or cli.fresh_folder(args.model))
@@ -265,14 +270,16 @@ def main(args: argparse.Namespace) -> dict:
             "scaler": scaler.state_dict(),
             "history": history,
             "best": best,
-            "head": learner.state_dict() if cached else None,
+            "head": _state_of_head(learner, train_loader) if cached else None,
         }
         _save_epoch(output_dir, usable, to_resume, improved, writer)
+        # On cached features it would not be pictures that are counted.
+        rate = "" if cached else f"  {trained_for['images_per_second']:.0f} img/s"
         cli.say(
             f"epoch {epoch + 1}/{args.epochs}  lr {lr:.4g}  "
             f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
-            f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}  "
-            f"{trained_for['images_per_second']:.0f} img/s{'  best' if improved else ''}"
+            f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}{rate}"
+            f"{'  best' if improved else ''}"
         )
     writer.close()
 
@@ -294,6 +301,7 @@ def main(args: argparse.Namespace) -> dict:
 # them. All others stay as the run began.
 _FREE = {"data_path", "workers", "device", "output_dir", "epochs"}
 _NOT_SAVED = {"given", "resume"}
+_TO_RESUME = {"optimizer", "scaler", "history", "best", "head"}  # in last.pth beside best.pth's
 
 
 def _check_paths(args: argparse.Namespace) -> Path | None:
@@ -323,7 +331,7 @@ def _check_paths(args: argparse.Namespace) -> Path | None:
 def _options_of_run(args: argparse.Namespace, state: dict, path: Path) -> argparse.Namespace:
     """The options a run began with, changed by those typed now where that changes no result."""
     old = state.get("args")
-    if not isinstance(old, dict) or not {"optimizer", "scaler", "history", "best"} <= state.keys():
+    if not isinstance(old, dict) or not state.keys() >= _TO_RESUME:
         raise UsageError(f"--resume {path}: not the last.pth of a run")
     now = vars(args)
     for name in sorted(args.given - _FREE - {"resume"}):
@@ -374,6 +382,10 @@ def _load_weights(model: "nn.Module", weights: tuple, classes: list[str]) -> Non
         f"loaded {source}{', but for its head' if new_head else ''}: "
         f"missing keys {keys.missing_keys}, unexpected keys {keys.unexpected_keys}"
     )
+
+
+def _state_of_head(head: "nn.Module", loader: "FeatureLoader") -> dict:
+    return {"weights": head.state_dict(), "mean": loader.mean, "std": loader.std}
 
 
 def _bring_best(old: Path, new: Path) -> None:

@@ -105,6 +105,21 @@ def test_errors_become_one_line_and_their_exit_code(error, code, line, capsys, m
         assert err == line
 
 
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script"])
+
+    def main(args):
+        import no_such_package
+
+        return no_such_package
+
+    with pytest.raises(SystemExit) as info:
+        cli.run(argparse.ArgumentParser(), main)
+    assert info.value.code == 1
+    expected = "error: no_such_package is not installed: pip install -r requirements.txt\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_bug_shows_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script"])
     with pytest.raises(RuntimeError, match="a bug"):

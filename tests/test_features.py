@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -220,6 +221,48 @@ def test_a_picture_that_cannot_be_read_leaves_no_cache(network, pictures, tmp_pa
     with pytest.raises(OSError, match=r"bad\.jpg: not a picture"):
         compute(network, [*pictures[0], str(bad)], tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
+
+
+def test_another_preprocessing_and_a_restored_time_are_seen(
+    network, flowers, tmp_path, monkeypatch
+):
+    """A file of the same size with its old time differs by its inode or its change time."""
+    paths = [str(shutil.copy(path, tmp_path)) for path in sorted(flowers.glob("roses/*"))]
+    compute(network, paths, tmp_path / "cache")
+    status = os.stat(paths[0])
+    with open(paths[0], "r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        file.write(bytes(10))
+    os.utime(paths[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert os.stat(paths[0]).st_size == status.st_size
+    unread(monkeypatch)
+    with pytest.raises(AssertionError, match="a picture was read"):
+        compute(network, paths, tmp_path / "cache")
+
+    options = {"threads": 1, "cache": tmp_path / "cache"}
+    other = PREPROCESSING | {"resize": 232}
+    with pytest.raises(AssertionError, match="a picture was read"):
+        features.cached_features(network, paths[1:], other, CPU, **options)
+
+
+def test_another_split_of_the_same_pictures_reads_none(network, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "CACHE", tmp_path)
+    paths, labels = pictures
+    options = {"batch_size": 8, "threads": 1, "seed": 0}
+    for train, val in ((slice(20), slice(20, 40)), (slice(10, 40), slice(10))):
+        sides = [(paths[part], labels[part]) for part in (train, val)]
+        features.head_and_loaders(network, *sides, PREPROCESSING, CPU, **options)
+        unread(monkeypatch)
+
+
+def test_what_a_killed_run_left_is_removed_after_a_day(network, pictures, tmp_path):
+    for name, age in (("old.1.tmp", 25), ("new.2.tmp", 1)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
+    compute(network, pictures[0], tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy", ".tmp"}
+    assert not (tmp_path / "old.1.tmp").exists()
+    assert (tmp_path / "new.2.tmp").exists()
 
 
 def test_two_at_once_do_not_harm_each_other(network, pictures, tmp_path):

@@ -223,6 +223,22 @@ def test_what_is_saved_from_cached_features_is_the_plain_network(
     assert result["loss"] == pytest.approx(saved["val_loss"], rel=1e-3)
 
 
+def test_a_resumed_head_keeps_the_scales_it_was_trained_on(flowers, tmp_path, torchvision_file):
+    """One epoch, then one more without one of the pictures."""
+    data = tmp_path / "data"
+    shutil.copytree(flowers, data)
+    options = ["--weights", torchvision_file, "--freeze-layers", "--epochs", 1]
+    run_train(*small(data, tmp_path / "out", *options))
+    before = torch.load(tmp_path / "out" / "last.pth", weights_only=True)["head"]
+    (data / "roses" / "roses_007.jpg").unlink()
+    run_train("--resume", tmp_path / "out", "--epochs", 2)
+    after = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
+    assert torch.equal(after["head"]["mean"], before["mean"])
+    assert torch.equal(after["head"]["std"], before["std"])
+    folded = after["head"]["weights"]["weight"].double() / before["std"].double()
+    assert torch.equal(after["model"]["fc.weight"], folded.float())
+
+
 def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run_dir, capsys):
     folder = tmp_path / "runs" / "x"
     shutil.copytree(run_dir, folder)
