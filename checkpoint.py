@@ -57,7 +57,8 @@ def load(path: str | Path) -> dict:
         raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         raise RunError(
-            f"{path}: {_reason(error)}; expected a file of torch.save(model.state_dict(), FILE)"
+            f"{path}: damaged, or not a file of torch.save(model.state_dict(), FILE) "
+            f"({_reason(error)})"
         ) from None
     if not isinstance(state, dict):
         raise RunError(f"{path}: holds a {type(state).__name__}, expected a state dict")

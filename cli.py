@@ -6,8 +6,10 @@ Standard library only, so that `--help` and a wrong path answer before torch is 
 import argparse
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +29,37 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A failure during the work (exit code 1)."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM was heeded and all is saved (exit code 130 or 143)."""
+
+    def __init__(self, signum: int, text: str) -> None:
+        super().__init__(text)
+        self.signum = signum
+
+
+@contextmanager
+def deferred_signals() -> Iterator[Callable[[], int]]:
+    """Within the block SIGINT and SIGTERM only make the function it gives return their number
+    (before: 0), so that a step can be finished and saved. A second one ends the process at once."""
+    came = 0
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal came
+        came = signum
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        notice("stopping after this step; once more to stop at once")
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield lambda: came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def printable(text: object) -> str:
@@ -163,6 +196,17 @@ def add_inference(group: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def add_bad_images(group: argparse._ActionsContainer) -> None:
+    """Add `--on-bad-image`."""
+    group.add_argument(
+        "--on-bad-image",
+        choices=("skip", "fail"),
+        default="skip",
+        help="what to do with pictures that cannot be read: name and pass over a few (at most a "
+        "tenth), or stop at the first",
+    )
+
+
 def add_amp(group: argparse._ActionsContainer) -> None:
     """Add `--amp` and `--no-amp`; None when neither is said."""
     group.add_argument(
@@ -197,13 +241,16 @@ def _close_stdout() -> None:
 
 
 def fresh_folder(name: str) -> Path:
-    """A folder `runs/DATE-NAME` that no other run has yet."""
+    """Make a folder `runs/DATE-NAME` that no other run has."""
     stem, count = f"{datetime.now():%Y%m%d-%H%M%S}-{name}", 1
     folder = Path("runs", stem)
-    while folder.exists():
-        count += 1
-        folder = Path("runs", f"{stem}-{count}")
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            count += 1
+            folder = Path("runs", f"{stem}-{count}")
 
 
 def newest_run(name: str) -> Path:
@@ -224,8 +271,10 @@ def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
 
 
 def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoReturn:
-    """Parse, call `main`, and leave with 0, 1, 2 or 130; a foreseen error is one line, and only
+    """Parse, call `main`, and leave with 0, 1, 2, 130 or 143; a foreseen error is one line, only
     an unforeseen one (a bug) shows a traceback."""
+    with suppress(ValueError):  # in another thread than the main one there are no signals
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         main(parser.parse_args())
         sys.stdout.flush()
@@ -243,6 +292,8 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
         code = _fail(f"{error.name} is not installed: pip install -r requirements.txt", 1)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
+    except Interrupted as error:
+        code = _fail(error, 128 + error.signum)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":
             code = _fail("out of memory on the device: use a smaller --batch-size", 1)
@@ -254,6 +305,10 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
         else:
             raise
     sys.exit(code)
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Interrupted(signum, "terminated")
 
 
 def _fail(message: object, code: int) -> int:

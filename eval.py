@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import cli
-from cli import UsageError, notice, printable
+from cli import RunError, UsageError, notice, printable
 
 MISTAKES = 16  # pictures in mistakes.png
 
@@ -46,6 +46,7 @@ def build_parser() -> cli.Parser:
         metavar="N",
         help="of the split (when not said: the run's, or 0)",
     )
+    cli.add_bad_images(data)
     network = parser.add_argument_group("network")
     cli.add_inference(network)
     network.add_argument(
@@ -101,14 +102,21 @@ def main(args: argparse.Namespace) -> dict:
     name = network.model_name
     notice(f"{name}, {len(paths)} pictures of {root}, split {args.split}, {network.computed_by}")
 
-    logits = []
+    bad = folders.BadPictures(len(paths), skip=args.on_bad_image == "skip")
+    logits, rows = [], []
     with tqdm(total=len(paths), desc="evaluating", unit="img", leave=False) as bar:
         options = {"threads": threads, "batch_size": args.batch_size}
-        for _, answer in stream(paths, network.run, network.preprocessing, **options):
-            if isinstance(answer, ImageError):
-                raise answer
-            logits.append(answer)
+        answers = stream(paths, network.run, network.preprocessing, **options)
+        for row, (_, answer) in enumerate(answers):
             bar.update()
+            if isinstance(answer, ImageError):
+                bad.add(answer)
+            else:
+                rows.append(row)
+                logits.append(answer)
+    if not rows:
+        raise RunError(f"{root}: none of its pictures can be read")
+    paths, labels = [paths[row] for row in rows], [labels[row] for row in rows]
     rate = len(paths) / bar.format_dict["elapsed"]
     result = metrics.measure(np.stack(logits), np.array(labels))
     report = metrics.class_report(result["confusion"], classes)
@@ -118,6 +126,7 @@ def main(args: argparse.Namespace) -> dict:
         "top5": result["top5"],
         "loss": result["loss"],
         "images": result["images"],
+        "bad_images": len(bad.seen),
         "split": args.split,
         "weights": str(weights),
         "images_per_second": round(rate, 1),

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import notice
+from cli import RunError, notice
+from folders import BadPictures
 from image import ImageError
 from inference import optimize_for_inference
-from my_dataset import epoch_sampler
+from my_dataset import EpochSampler
 from pipeline import stream
 from runtime import torch_run
 
@@ -51,6 +52,7 @@ def cached_features(
     *,
     threads: int,
     cache: Path,
+    bad: BadPictures | None = None,
     amp: torch.dtype | None = None,
 ) -> np.ndarray:
     """The features of pictures, computed now or read from an earlier run.
@@ -65,10 +67,12 @@ def cached_features(
         device: where the model is.
         threads: how many read pictures and compute.
         cache: folder of the cache.
+        bad: what becomes of pictures that cannot be read; None makes them an error.
         amp: dtype of autocast, None for float32.
 
     Returns:
-        float32 (n, channels), row i for paths[i]; on disk where larger than `IN_MEMORY`.
+        float32 (n, channels), row i for paths[i], not a number where that cannot be read; on disk
+        where larger than `IN_MEMORY`.
 
     Raises:
         ImageError: a picture cannot be read.
@@ -76,12 +80,13 @@ def cached_features(
     file = cache / f"{_key(model, paths, preprocessing, amp)}.npy"
     shape = (len(paths), model.fc.in_features)
     features = _read(file, shape)
+    bad = bad or BadPictures(len(paths), skip=False)
     if features is None:
         _clear(cache)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             features = _reserve(temporary, shape)
-            _fill(features, model, paths, preprocessing, device, threads, amp)
+            _fill(features, model, paths, preprocessing, device, threads, bad, amp)
             if not isinstance(features, np.memmap):
                 return features
             features.flush()
@@ -155,6 +160,7 @@ def _fill(
     preprocessing: dict,
     device: torch.device,
     threads: int,
+    bad: BadPictures,
     amp: torch.dtype | None,
 ) -> None:
     optimized = optimize_for_inference(model.eval(), amp)
@@ -162,7 +168,8 @@ def _fill(
     with tqdm(total=len(paths), desc="computing features", unit="img", leave=False) as bar:
         for row, (_, answer) in enumerate(stream(paths, run, preprocessing, threads=threads)):
             if isinstance(answer, ImageError):
-                raise answer
+                bad.add(answer)
+                answer = np.nan
             features[row] = answer
             bar.update()
 
@@ -216,17 +223,20 @@ class FeatureLoader:
         self.mean, self.std = mean.to(device), std.to(device)
         self.device = device
         self.batch_size = batch_size
-        self.sampler = epoch_sampler(rows, shuffle, seed)
+        self.sampler = EpochSampler(rows, shuffle, seed)
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the order of the next pass, and where it starts."""
         self.sampler.set_epoch(epoch)
+        self.sampler.start = first_batch * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for picked in torch.tensor(list(self.sampler)).split(self.batch_size):
+        order = list(self.sampler)
+        for first in range(0, len(order), self.batch_size):
+            picked = torch.tensor(order[first : first + self.batch_size])
             batch = torch.from_numpy(self.features[self.dataset[picked.numpy()]])  # (N,channels)
             yield (
                 (batch.to(self.device) - self.mean) / self.std,
@@ -244,6 +254,7 @@ def head_and_loaders(
     batch_size: int,
     threads: int,
     seed: int,
+    bad: BadPictures | None = None,
     amp: torch.dtype | None = None,
 ) -> tuple[nn.Linear, FeatureLoader, FeatureLoader]:
     """What takes the place of the network and its two loaders.
@@ -257,22 +268,29 @@ def head_and_loaders(
         batch_size: rows per step.
         threads: how many read pictures and compute features.
         seed: of the order.
+        bad: what becomes of pictures that cannot be read; None makes them an error.
         amp: dtype of autocast for the features, None for float32.
     """
     # Sorted, so that another split of the same pictures finds the same file.
     paths = sorted(train[0] + val[0])
     array = cached_features(
-        model, paths, preprocessing, device, threads=threads, cache=CACHE, amp=amp
+        model, paths, preprocessing, device, threads=threads, cache=CACHE, bad=bad, amp=amp
     )
-    row_of = {path: row for row, path in enumerate(paths)}
-    rows, val_rows = (np.array([row_of[path] for path in side[0]]) for side in (train, val))
+    row_of = {path: row for row, path in enumerate(paths) if not np.isnan(array[row, 0])}
+
+    def readable(side: tuple[list[str], list[int]]) -> tuple[np.ndarray, list[int]]:
+        kept = [(row_of[path], label) for path, label in zip(*side, strict=True) if path in row_of]
+        if not kept:
+            raise RunError("no picture for training, or none for validation, can be read")
+        return np.array([row for row, _ in kept]), [label for _, label in kept]
+
+    rows, labels = readable(train)
     mean, std = statistics(array, rows)
     options = {"mean": mean, "std": std, "device": device, "batch_size": batch_size}
-    train_loader = FeatureLoader(array, rows, train[1], shuffle=True, seed=seed, **options)
     return (
         unfold(model.fc, mean, std),
-        train_loader,
-        FeatureLoader(array, val_rows, val[1], **options),
+        FeatureLoader(array, rows, labels, shuffle=True, seed=seed, **options),
+        FeatureLoader(array, *readable(val), **options),
     )
 
 

@@ -9,12 +9,15 @@ import hashlib
 import os
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cli import FLOWER_PHOTOS, SAMPLE, UsageError, notice
-from image import SUFFIXES
+from cli import FLOWER_PHOTOS, SAMPLE, RunError, UsageError, notice
+from image import SUFFIXES, ImageError, check_header
 
 MOST_NOTICES = 5  # of duplicates, one by one
+MOST_BAD = 0.1  # share of the pictures that may be passed over before it is a failure of the disk
 
 Pictures = dict[str, list[str]]  # class name -> paths
 
@@ -240,3 +243,55 @@ def with_labels(pictures: Pictures, classes: list[str]) -> tuple[list[str], list
     paths = [path for found in pictures.values() for path in found]
     labels = [index[name] for name, found in pictures.items() for _ in found]
     return paths, labels
+
+
+class BadPictures:
+    """Pictures that cannot be read: named once each, passed over while they are few.
+
+    Args:
+        total: how many pictures there are, good and bad.
+        skip: False makes the first one an error.
+    """
+
+    def __init__(self, total: int, skip: bool) -> None:
+        self.total = total
+        self.skip = skip
+        self.seen: set[str] = set()
+
+    def add(self, error: ImageError) -> None:
+        """Note one.
+
+        Raises:
+            ImageError: none may be passed over.
+            RunError: they are no longer few.
+        """
+        if not self.skip:
+            raise error
+        if str(error) not in self.seen:
+            self.seen.add(str(error))
+            notice(f"skipped: {error}")
+        if len(self.seen) > max(1, MOST_BAD * self.total):
+            raise RunError(
+                f"{len(self.seen)} of {self.total} pictures cannot be read, more than "
+                f"{MOST_BAD:.0%}: is the disk or the copy damaged?"
+            )
+
+    def scan(self, paths: Sequence[str], labels: Sequence[int]) -> tuple[list[str], list[int]]:
+        """Look at the first bytes of every picture; returns those that can be read, so far."""
+
+        def look(path: str) -> ImageError | None:
+            try:
+                return check_header(path)
+            except ImageError as error:
+                return error
+
+        kept = []
+        with ThreadPoolExecutor() as pool:
+            for pair, error in zip(
+                zip(paths, labels, strict=True), pool.map(look, paths), strict=True
+            ):
+                if error:
+                    self.add(error)
+                else:
+                    kept.append(pair)
+        return [path for path, _ in kept], [label for _, label in kept]

@@ -1,14 +1,17 @@
 """Many pictures: read them, augment them, hand them to the network in batches."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from image import load_rgb, resize_and_crop
+from folders import BadPictures
+from image import ImageError, load_rgb, resize_and_crop
 
 
 class MyDataSet(Dataset):
@@ -93,18 +96,52 @@ def normalize(images: Tensor, preprocessing: dict) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
-def epoch_sampler(dataset: Sequence, shuffle: bool, seed: int | None) -> DistributedSampler:
-    """Every index once, in an order of (seed, epoch) if shuffled; `set_epoch` chooses the epoch."""
+class EpochSampler(DistributedSampler):
+    """Every index once, in an order of (seed, epoch) if shuffled, from the place `start` on;
+    `set_epoch` chooses the epoch."""
+
     # For one process, torch's sampler of distributed training is just this. It adds seed and epoch;
     # the factor keeps runs of neighbouring seeds from sharing their orders.
-    seed = (seed or 0) * 1_000_003
-    return DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+    def __init__(self, dataset: Sequence, shuffle: bool, seed: int | None) -> None:
+        seed = (seed or 0) * 1_000_003
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.start, None)
+
+
+class _Guarded(Dataset):
+    """A data set that gives the error where a picture cannot be read."""
+
+    def __init__(self, dataset: MyDataSet) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | ImageError:
+        try:
+            return self.dataset[index]
+        except ImageError as error:
+            return error
+
+    def collate_fn(self, batch: list) -> tuple[tuple[Tensor, Tensor] | None, list[ImageError]]:
+        """Images and classes, None where there are none, and the errors."""
+        good = [item for item in batch if not isinstance(item, ImageError)]
+        errors = [item for item in batch if isinstance(item, ImageError)]
+        return self.dataset.collate_fn(good) if good else None, errors
+
+
+def _start_worker(index: int) -> None:
+    # Ctrl-C reaches every process of a terminal, SIGTERM those of a service: the main process
+    # decides what becomes of it, and workers end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class DeviceLoader:
     """A DataLoader whose batches arrive on the device as normalised floats.
 
-    Bytes travel from the workers to the device, a quarter of what floats would be.
+    Bytes travel from the workers to the device, a quarter of what floats would be. A batch is
+    smaller, even empty, where pictures cannot be read.
 
     Args:
         dataset: gives uint8 (3, H, W) pictures.
@@ -113,6 +150,7 @@ class DeviceLoader:
         batch_size: pictures per batch; the last may be smaller.
         workers: processes that read pictures; 0 reads in this one.
         shuffle: a new order each epoch, from the data set's seed and `set_epoch`.
+        bad: what becomes of pictures that cannot be read; None makes them an error.
     """
 
     def __init__(
@@ -124,31 +162,44 @@ class DeviceLoader:
         batch_size: int,
         workers: int,
         shuffle: bool = False,
+        bad: BadPictures | None = None,
     ) -> None:
         self.dataset = dataset
         self.device = device
         self.preprocessing = preprocessing
-        self.sampler = epoch_sampler(dataset, shuffle, dataset.seed)
+        self.bad = bad or BadPictures(len(dataset), skip=False)
+        self.sampler = EpochSampler(dataset, shuffle, dataset.seed)
+        crop = preprocessing["crop"]
+        self.nothing = (
+            torch.empty(0, 3, crop, crop, dtype=torch.uint8),
+            torch.empty(0, dtype=torch.int64),
+        )
+        guarded = _Guarded(dataset)
         self.loader = DataLoader(
-            dataset,
+            guarded,
             batch_size=batch_size,
             sampler=self.sampler,
             num_workers=workers,
-            collate_fn=dataset.collate_fn,
+            collate_fn=guarded.collate_fn,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
         )
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of the next pass."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the order and the augmentation of the next pass, and where it starts."""
         self.dataset.epoch.fill_(epoch)
         self.sampler.set_epoch(epoch)
+        self.sampler.start = first_batch * self.loader.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
+        for batch, errors in self.loader:
+            for error in errors:
+                self.bad.add(error)
+            images, labels = batch or self.nothing
             images = images.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
             yield normalize(images, self.preprocessing), labels

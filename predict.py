@@ -125,13 +125,15 @@ def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], No
         if args.output.lower().endswith(".jsonl"):
             yield lambda result: print(json.dumps(result), file=file)
             return
+        from files import cells
+
         table = csv.writer(file)
         columns = [f"{kind}_{rank + 1}" for rank in range(topk) for kind in ("class", "prob")]
         table.writerow(["path", *columns])
 
         def write(result: dict) -> None:
             guesses = ((g["class"], round(g["prob"], 6)) for g in result["predictions"])
-            table.writerow([result["path"], *(cell for guess in guesses for cell in guess)])
+            table.writerow(cells([result["path"], *(c for guess in guesses for c in guess)]))
 
         yield write
 

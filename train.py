@@ -43,6 +43,7 @@ def build_parser() -> cli.Parser:
         help="share of every class that goes to validation",
     )
     cli.add_workers(data)
+    cli.add_bad_images(data)
     network = parser.add_argument_group("network")
     network.add_argument(
         "--model",
@@ -124,7 +125,7 @@ def build_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> dict:
     """Train as the options say; returns what the last line prints."""
     start = time.perf_counter()
-    resume_from = _check_paths(args)
+    resume_from, named = _check_paths(args)
 
     # Seconds of imports, so not before the paths are known to be right.
     import torch
@@ -134,14 +135,15 @@ def main(args: argparse.Namespace) -> dict:
     import features
     import folders
     import utils
-    from files import save_json
+    from files import locked, save_json
     from image import default_preprocessing
     from model import build_model
     from my_dataset import DeviceLoader, MyDataSet, eval_transform, train_transform
 
     # Options of the run, and its state if it goes on.
-    state = checkpoint.load(resume_from) if resume_from else None
-    if state:
+    state = None
+    if resume_from:
+        state, resume_from = _load_state(resume_from, named)
         args = _options_of_run(args, state, resume_from)
     cached = args.freeze_layers and args.cache_features
     if cached and not state:  # what the user typed wins
@@ -157,6 +159,8 @@ def main(args: argparse.Namespace) -> dict:
     classes = list(train_pictures)
     train = folders.with_labels(train_pictures, classes)
     val = folders.with_labels(val_pictures, classes)
+    bad = folders.BadPictures(len(train[0]) + len(val[0]), skip=args.on_bad_image == "skip")
+    train, val = bad.scan(*train), bad.scan(*val)
     counts = f"{len(train[0])} pictures to train, {len(val[0])} to validate"
     notice(f"{counts}, in {len(classes)} classes")
 
@@ -179,12 +183,12 @@ def main(args: argparse.Namespace) -> dict:
     if cached:
         learner, train_loader, val_loader = features.head_and_loaders(
             model, train, val, preprocessing, device,
-            batch_size=args.batch_size, threads=args.workers + 1, seed=args.seed, amp=amp,
+            batch_size=args.batch_size, threads=args.workers + 1, seed=args.seed, bad=bad, amp=amp,
         )  # fmt: skip
         amp = None  # the head is a single small layer
     else:
         learner = model
-        options = {"batch_size": args.batch_size, "workers": args.workers}
+        options = {"batch_size": args.batch_size, "workers": args.workers, "bad": bad}
         train_set = MyDataSet(*train, train_transform(preprocessing), args.seed)
         val_set = MyDataSet(*val, eval_transform(preprocessing))
         train_loader = DeviceLoader(train_set, device, preprocessing, shuffle=True, **options)
@@ -194,11 +198,11 @@ def main(args: argparse.Namespace) -> dict:
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    history, best = [], None
+    history, best, position = [], None, None
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        history, best = state["history"], state["best"]
+        history, best, position = state["history"], state["best"], state["position"]
         if cached:
             head = state["head"]
             learner.load_state_dict(head["weights"])
@@ -210,78 +214,99 @@ def main(args: argparse.Namespace) -> dict:
     output_dir.mkdir(parents=True, exist_ok=True)
     saved_args = {name: value for name, value in vars(args).items() if name not in _NOT_SAVED}
     saved_args["output_dir"] = str(output_dir)
-    save_json(saved_args, output_dir / "args.json")
-    names = {str(index): name for index, name in enumerate(classes)}
-    save_json(names, output_dir / "class_indices.json")
-    if resume_from:
-        _bring_best(resume_from.parent, output_dir)
-    writer = SummaryWriter(output_dir, purge_step=len(history) + 1)
-    notice(f"writing to {output_dir}, training on {device}{f' in {amp}' if amp else ''}")
-    if len(history) >= args.epochs:
-        notice(f"all {args.epochs} epochs are done; --epochs N with a larger N trains on")
 
-    for epoch in range(len(history), args.epochs):
-        # Each epoch has its own seed, so a run that goes on draws what it would have drawn.
-        utils.set_seed(args.seed + epoch)
-        lr = utils.cosine_lr(args.lr, args.lrf, epoch, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        trained_for = utils.train_one_epoch(
-            learner, optimizer, train_loader, device, epoch, amp=amp, scaler=scaler
-        )
-        result = utils.evaluate(
-            learner, val_loader, device, amp=amp, title=f"epoch {epoch + 1} validation"
-        )
-        if not math.isfinite(result["loss"]):
-            raise RunError(
-                f"the validation loss is {result['loss']} after epoch {epoch + 1}; use a smaller "
-                f"--lr (now {lr:.3g})"
-            )
-        if cached:
-            features.fold(learner, train_loader.mean, train_loader.std, model.fc)
-
-        row = {
-            "epoch": epoch + 1,
-            "lr": lr,
-            "train_loss": trained_for["loss"],
-            "train_accuracy": trained_for["accuracy"],
-            "val_loss": result["loss"],
-            "val_accuracy": result["accuracy"],
-        }
-        history.append(row)
-        improved = best is None or row["val_accuracy"] > best["accuracy"]
-        if improved:
-            best = {
-                "accuracy": row["val_accuracy"],
-                "epoch": epoch + 1,
-                "confusion": torch.from_numpy(result["confusion"]),
-            }
-        usable = {
+    def usable() -> dict:
+        return {
             "model": {name: value.cpu() for name, value in model.state_dict().items()},
             "model_name": args.model,
             "classes": classes,
             "preprocessing": preprocessing,
-            "epoch": epoch + 1,
-            "metrics": row,
+            "epoch": len(history),
+            "metrics": history[-1] if history else {},
             "args": saved_args,
         }
-        to_resume = {
+
+    def to_resume(position: dict | None) -> dict:
+        return {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "history": history,
             "best": best,
             "head": _state_of_head(learner, train_loader) if cached else None,
+            "position": position,  # in the epoch that is under way
         }
-        _save_epoch(output_dir, usable, to_resume, improved, writer)
-        # On cached features it would not be pictures that are counted.
-        rate = "" if cached else f"  {trained_for['images_per_second']:.0f} img/s"
-        cli.say(
-            f"epoch {epoch + 1}/{args.epochs}  lr {lr:.4g}  "
-            f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
-            f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}{rate}"
-            f"{'  best' if improved else ''}"
-        )
-    writer.close()
+
+    with locked(output_dir), cli.deferred_signals() as stopped:
+        save_json(saved_args, output_dir / "args.json")
+        names = {str(index): name for index, name in enumerate(classes)}
+        save_json(names, output_dir / "class_indices.json")
+        if resume_from:
+            _bring(resume_from, output_dir, history)
+        writer = SummaryWriter(output_dir, purge_step=len(history) + 1)
+        notice(f"writing to {output_dir}, training on {device}{f' in {amp}' if amp else ''}")
+        if len(history) >= args.epochs:
+            notice(f"all {args.epochs} epochs are done; --epochs N with a larger N trains on")
+
+        for epoch in range(len(history), args.epochs):
+            # Each epoch has its own seed, so a run that goes on draws what it would have drawn.
+            utils.set_seed(args.seed + epoch)
+            lr = utils.cosine_lr(args.lr, args.lrf, epoch, args.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            common = {"amp": amp, "stop": stopped}
+            try:
+                trained_for = utils.train_one_epoch(
+                    learner, optimizer, train_loader, device, epoch,
+                    scaler=scaler, position=position, **common,
+                )  # fmt: skip
+                position = trained_for["position"]
+                title = f"epoch {epoch + 1} validation"
+                result = utils.evaluate(learner, val_loader, device, title=title, **common)
+            except utils.Stopped as stop:
+                if cached:
+                    features.fold(learner, train_loader.mean, train_loader.std, model.fc)
+                _save_last(output_dir, usable() | to_resume(stop.position or position))
+                raise cli.Interrupted(stopped(), _stopped_text(epoch, output_dir)) from None
+            position = None
+            if not math.isfinite(result["loss"]):
+                raise RunError(
+                    f"the validation loss is {result['loss']} after epoch {epoch + 1}; use a "
+                    f"smaller --lr (now {lr:.3g})"
+                )
+            if cached:
+                features.fold(learner, train_loader.mean, train_loader.std, model.fc)
+
+            row = {
+                "epoch": epoch + 1,
+                "lr": lr,
+                "train_loss": trained_for["loss"],
+                "train_accuracy": trained_for["accuracy"],
+                "val_loss": result["loss"],
+                "val_accuracy": result["accuracy"],
+            }
+            history.append(row)
+            improved = best is None or row["val_accuracy"] > best["accuracy"]
+            if improved:
+                best = {
+                    "accuracy": row["val_accuracy"],
+                    "epoch": epoch + 1,
+                    "confusion": torch.from_numpy(result["confusion"]),
+                }
+                # Before last.pth: killed between the two, the epoch is done again.
+                checkpoint.save(usable(), output_dir / "best.pth")
+            _save_last(output_dir, usable() | to_resume(None))
+            _save_metrics(output_dir, history, writer)
+            # On cached features it would not be pictures that are counted.
+            rate = "" if cached else f"  {trained_for['images_per_second']:.0f} img/s"
+            cli.say(
+                f"epoch {epoch + 1}/{args.epochs}  lr {lr:.4g}  "
+                f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
+                f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}{rate}"
+                f"{'  best' if improved else ''}"
+            )
+            if stopped() and epoch + 1 < args.epochs:
+                raise cli.Interrupted(stopped(), _stopped_text(epoch + 1, output_dir))
+        writer.close()
 
     _draw(output_dir, history, best, classes)
     summary = {
@@ -301,11 +326,19 @@ def main(args: argparse.Namespace) -> dict:
 # them. All others stay as the run began.
 _FREE = {"data_path", "workers", "device", "output_dir", "epochs"}
 _NOT_SAVED = {"given", "resume"}
-_TO_RESUME = {"optimizer", "scaler", "history", "best", "head"}  # in last.pth beside best.pth's
+_TO_RESUME = {
+    "optimizer",
+    "scaler",
+    "history",
+    "best",
+    "head",
+    "position",
+}  # in last.pth beside best.pth's
 
 
-def _check_paths(args: argparse.Namespace) -> Path | None:
-    """Refuse what cannot work; returns the last.pth to go on from."""
+def _check_paths(args: argparse.Namespace) -> tuple[Path | None, bool]:
+    """Refuse what cannot work; returns the last.pth to go on from, and whether the user named this
+    very file."""
     cli.check_output_dir(args.output_dir)
     last = Path(args.output_dir, "last.pth") if args.output_dir else None
     if args.resume is None:
@@ -317,15 +350,30 @@ def _check_paths(args: argparse.Namespace) -> Path | None:
                 f"--output-dir {args.output_dir}: holds a run; add --resume to go on with it, or "
                 "name another folder"
             )
-        return None
+        return None, False
 
     resume_from = Path(args.resume) if args.resume else last or cli.newest_run("last.pth")
+    named = bool(args.resume) and not resume_from.is_dir()
     if resume_from.is_dir():
         resume_from /= "last.pth"
     cli.require_path(resume_from, "--resume")
     if last and last.exists() and not last.samefile(resume_from):
         raise UsageError(f"--output-dir {args.output_dir}: holds another run than {resume_from}")
-    return resume_from
+    return resume_from, named
+
+
+def _load_state(path: Path, named: bool) -> tuple[dict, Path]:
+    """The state of a run, from the checkpoint before where the last is damaged and not `named`."""
+    import checkpoint
+
+    previous = path.with_name("previous.pth")
+    try:
+        return checkpoint.load(path), path
+    except RunError as error:
+        if named or not previous.exists():
+            raise
+        notice(f"{error}; going on from {previous}")
+        return checkpoint.load(previous), previous
 
 
 def _options_of_run(args: argparse.Namespace, state: dict, path: Path) -> argparse.Namespace:
@@ -388,27 +436,35 @@ def _state_of_head(head: "nn.Module", loader: "FeatureLoader") -> dict:
     return {"weights": head.state_dict(), "mean": loader.mean, "std": loader.std}
 
 
-def _bring_best(old: Path, new: Path) -> None:
-    """Copy best.pth of the run that goes on into its new folder, if it moves to one."""
-    from files import replacing
+def _bring(resumed: Path, output_dir: Path, history: list[dict]) -> None:
+    """Make the folder of a resumed run what it was after its last epoch."""
+    from files import replacing, save_rows
 
-    if (old / "best.pth").exists() and not (new / "best.pth").exists():
-        with replacing(new / "best.pth") as file:
-            file.write((old / "best.pth").read_bytes())
+    save_rows(history, output_dir / "metrics.csv")
+    best = resumed.with_name("best.pth")
+    if best.exists() and not (output_dir / "best.pth").exists():  # the run moves here
+        with replacing(output_dir / "best.pth") as file:
+            file.write(best.read_bytes())
 
 
-def _save_epoch(
-    output_dir: Path, usable: dict, to_resume: dict, improved: bool, writer: "SummaryWriter"
-) -> None:
-    """Write the checkpoints, metrics.csv and the TensorBoard events of an epoch."""
+def _stopped_text(epochs: int, output_dir: Path) -> str:
+    return f"stopped after {epochs} epochs, all is saved; go on with --resume {output_dir}"
+
+
+def _save_last(output_dir: Path, state: dict) -> None:
     import checkpoint
+    from files import keep_previous
+
+    keep_previous(output_dir / "last.pth", output_dir / "previous.pth")
+    checkpoint.save(state, output_dir / "last.pth")
+
+
+def _save_metrics(output_dir: Path, history: list[dict], writer: "SummaryWriter") -> None:
+    """Write metrics.csv and the TensorBoard events of the last epoch."""
     from files import save_rows
 
-    if improved:  # before last.pth: killed between the two, the epoch is done again
-        checkpoint.save(usable, output_dir / "best.pth")
-    checkpoint.save(usable | to_resume, output_dir / "last.pth")
-    save_rows(to_resume["history"], output_dir / "metrics.csv")
-    row = usable["metrics"]
+    save_rows(history, output_dir / "metrics.csv")
+    row = history[-1]
     for name in ("loss", "accuracy"):
         for side in ("train", "val"):
             writer.add_scalar(f"{name}/{side}", row[f"{side}_{name}"], row["epoch"])

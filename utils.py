@@ -3,6 +3,7 @@
 import math
 import random
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -86,6 +87,13 @@ def cosine_lr(lr: float, lrf: float, epoch: int, epochs: int) -> float:
     return lr * (lrf + (1 - lrf) * (1 + math.cos(math.pi * epoch / epochs)) / 2)
 
 
+class Stopped(Exception):
+    """Training was asked to stop and did so after a step."""
+
+    def __init__(self, position: dict) -> None:
+        self.position = position  # where the epoch goes on, see `train_one_epoch`
+
+
 def train_one_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -95,6 +103,8 @@ def train_one_epoch(
     *,
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    position: dict | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict:
     """Train once over the data.
 
@@ -107,23 +117,48 @@ def train_one_epoch(
         epoch: counted from 0; decides order and augmentation.
         amp: dtype of autocast, None for float32.
         scaler: for float16; it keeps its scale from epoch to epoch.
+        position: go on with an epoch that was stopped, from what `Stopped` told.
+        stop: asked after every step.
 
     Returns:
-        {"loss": mean, "accuracy": 0 to 1, "images_per_second": over the epoch}.
+        {"loss": mean, "accuracy": 0 to 1, "images_per_second": over the epoch, "position": as
+        that of `Stopped`, at the end}.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss is not finite, or no picture could be read.
+        Stopped: `stop` said so.
     """
     set_train_mode(model)
+    step = position["step"] if position else 0
     if hasattr(data_loader, "set_epoch"):
-        data_loader.set_epoch(epoch)
+        data_loader.set_epoch(epoch, step)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     lr = optimizer.param_groups[0]["lr"]
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device)
+    loss_sum, correct = torch.zeros(2, device=device)
     seen = 0
-    with _progress(data_loader, f"epoch {epoch + 1} training") as bar:
-        for step, (images, labels) in enumerate(data_loader):
+    if position:
+        loss_sum, correct = position["sums"].to(device)
+        seen = position["seen"]
+
+    def here() -> dict:
+        return {"step": step, "seen": seen, "sums": torch.stack((loss_sum, correct)).cpu()}
+
+    def mean_loss() -> float:
+        if not seen:
+            raise RunError(f"no picture of epoch {epoch + 1} can be read")
+        mean = loss_sum.item() / seen
+        if not math.isfinite(mean):
+            raise RunError(
+                f"the loss is {mean} after {seen} pictures of epoch {epoch + 1}; "
+                f"use a smaller --lr (now {lr:.3g})"
+            )
+        return mean
+
+    with _progress(data_loader, f"epoch {epoch + 1} training", seen) as bar:
+        for images, labels in data_loader:
+            step += 1
+            if not len(labels):
+                continue
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images)  # (N, classes)
@@ -133,24 +168,24 @@ def train_one_epoch(
             scaler.step(optimizer)
             scaler.update()
 
-            loss_sum += loss.detach() * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
+            loss_sum = loss_sum + loss.detach() * len(labels)
+            correct = correct + (logits.argmax(1) == labels).sum()
             seen += len(labels)
             bar.update(len(labels))
             # Reading a figure waits for the device, so not at every step.
-            if step % 10 == 9 or seen == bar.total:
-                mean = loss_sum.item() / seen
-                if not math.isfinite(mean):
-                    raise RunError(
-                        f"the loss is {mean} after {seen} pictures of epoch {epoch + 1}; "
-                        f"use a smaller --lr (now {lr:.3g})"
-                    )
-                accuracy = correct.item() / seen
+            if step % 10 == 0 or seen == bar.total:
+                mean, accuracy = mean_loss(), correct.item() / seen
                 bar.set_postfix(
                     refresh=seen == bar.total, loss=f"{mean:.3f}", acc=f"{accuracy:.3f}", lr=lr
                 )
-    rate = seen / bar.format_dict["elapsed"]
-    return {"loss": mean, "accuracy": correct.item() / seen, "images_per_second": rate}
+            if stop():
+                raise Stopped(here())
+    return {
+        "loss": mean_loss(),
+        "accuracy": correct.item() / seen,
+        "images_per_second": (bar.n - bar.initial) / bar.format_dict["elapsed"],
+        "position": here(),
+    }
 
 
 @torch.inference_mode()
@@ -161,6 +196,7 @@ def evaluate(
     *,
     amp: torch.dtype | None = None,
     title: str = "evaluating",
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict:
     """Classify the data and compare with the truth.
 
@@ -168,23 +204,34 @@ def evaluate(
 
     Returns:
         what `metrics.measure` returns, and "images_per_second".
+
+    Raises:
+        RunError: no picture could be read.
+        Stopped: `stop` said so; its position means nothing.
     """
     model.eval()
     outputs, truth = [], []
     with _progress(data_loader, title) as bar:
         for images, labels in data_loader:
+            if not len(labels):
+                continue
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 outputs.append(model(images).float())  # (N, classes)
             truth.append(labels)
             bar.update(len(labels))
+            if stop():
+                raise Stopped({})
+    if not truth:
+        raise RunError("no picture for validation can be read")
     result = measure(torch.cat(outputs).cpu().numpy(), torch.cat(truth).cpu().numpy())
-    return result | {"images_per_second": len(data_loader.dataset) / bar.format_dict["elapsed"]}
+    return result | {"images_per_second": result["images"] / bar.format_dict["elapsed"]}
 
 
-def _progress(data_loader: DataLoader | DeviceLoader, title: str) -> tqdm:
+def _progress(data_loader: DataLoader | DeviceLoader, title: str, seen: int = 0) -> tqdm:
     return tqdm(
         total=len(data_loader.dataset),
+        initial=seen,
         desc=title,
         unit="img",
         leave=False,

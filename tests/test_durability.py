@@ -1,0 +1,340 @@
+"""Runs that are killed, stopped, doubled, or given damaged files."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import checkpoint
+import cli
+import eval as evaluate_script
+import features
+import train
+from cli import RunError, UsageError
+from files import cells, locked, replacing, save_rows
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+
+
+def run_train(*args):
+    return train.main(train.build_parser().parse_args([str(arg) for arg in args]))
+
+
+def options(flowers, folder, *more):
+    name = "shufflenet_v2_x0_5"
+    return ["--data-path", flowers, "--model", name, "--output-dir", folder, "-j", 0, *more]
+
+
+def assert_same_run(one, two):
+    """Weights, optimizer, history, the best and the table, to the bit."""
+    for name in ("last.pth", "best.pth"):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, two))
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"args"}:
+            assert_same(a[key], b[key], f"{name} {key}")
+    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
+
+
+def assert_same(a, b, where):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where} {key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y, where)
+    else:
+        assert a == b, where
+
+
+# -- stopped -------------------------------------------------------------------------------------
+
+KINDS = {
+    "all layers": (["--epochs", 3], signal.SIGTERM),
+    "bfloat16": (["--epochs", 2, "--amp", "--batch-size", 4], signal.SIGINT),
+    "cached features": (["--epochs", 3, "--freeze-layers", "--batch-size", 8], signal.SIGINT),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_stopped_at_some_step_goes_on_as_if_it_had_not_been(
+    flowers, tmp_path, monkeypatch, kind
+):
+    """The signal comes in a first step, in middle ones, and in validation."""
+    more, signum = KINDS[kind]
+    run_train(*options(flowers, tmp_path / "whole", *more))
+    forward, calls, stops = torch.nn.Linear.forward, 0, 0
+
+    def counted(self, x):
+        nonlocal calls
+        calls += 1
+        if calls in (1, 4, 6, 13):
+            os.kill(os.getpid(), signum)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
+    arguments = options(flowers, tmp_path / "parts", *more)
+    while arguments:
+        try:
+            run_train(*arguments)
+            arguments = None
+        except cli.Interrupted as error:
+            stops += error.signum == signum and "go on with --resume" in str(error)
+            arguments = ["--resume", tmp_path / "parts"]
+    assert stops >= 3
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_exit_codes_of_signals_and_that_a_second_one_ends_at_once(flowers, tmp_path, signum, code):
+    words = [sys.executable, ROOT / "train.py", *options(flowers, tmp_path / "out")]
+    words += ["--epochs", 1000, "-j", 1]
+    process = start([*words, "-j", 1])
+    wait_for(tmp_path / "out" / "metrics.csv", process)
+    os.killpg(process.pid, signum)  # as a terminal does: to the workers too
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = err.decode().splitlines()[-1]
+    assert last.startswith("error: stopped after ")
+    assert "Traceback" not in err.decode()
+
+    process = start([*words, "--resume"])
+    time.sleep(0.1)
+    wait_for(tmp_path / "out" / "last.pth", process, newer_than=time.time())
+    process.send_signal(signum)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signum, code)  # the first may have ended it in between
+
+
+def start(words):
+    return subprocess.Popen(
+        [str(word) for word in words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def wait_for(path, process, newer_than=0):
+    until = time.monotonic() + 60
+    while not path.exists() or path.stat().st_mtime < newer_than:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_signal_before_training_ends_in_one_line(tmp_path, flowers):
+    words = [sys.executable, ROOT / "train.py", *options(flowers, tmp_path / "out")]
+    process = start(words)
+    time.sleep(0.7)  # torch is being imported
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.decode().splitlines()[-1] == "error: terminated"
+
+
+# -- damaged, doubled, full ----------------------------------------------------------------------
+
+
+def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
+    flowers, tmp_path, run_dir, capsys
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_train(*options(flowers, whole, "--epochs", 3))
+    shutil.copytree(run_dir, parts)
+    (parts / "last.pth").write_bytes((parts / "last.pth").read_bytes()[:-1000])
+    with pytest.raises(RunError, match=r"last\.pth: damaged, or"):
+        run_train("--resume", parts / "last.pth")
+    run_train("--resume", parts, "--epochs", 3)
+    assert "last.pth: " in (err := capsys.readouterr().err)
+    assert f"going on from {parts / 'previous.pth'}" in err
+    assert [row["epoch"] for row in checkpoint.load(parts / "last.pth")["history"]] == [1, 2, 3]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(flowers, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(UsageError, match="another run writes there now; name another folder"),
+    ):
+        run_train(*options(flowers, tmp_path / "out", "--epochs", 1))
+    assert not (tmp_path / "out" / "last.pth").exists()
+    run_train(*options(flowers, tmp_path / "out", "--epochs", 1))
+
+
+def test_a_killed_run_leaves_no_lock(flowers, tmp_path):
+    words = [sys.executable, ROOT / "train.py", *options(flowers, tmp_path / "out")]
+    process = start([*words, "--epochs", 1000])
+    wait_for(tmp_path / "out" / "metrics.csv", process)
+    with pytest.raises(UsageError, match="another run writes there now"):
+        run_train("--resume", tmp_path / "out")
+    process.kill()
+    process.communicate()
+    epochs = len(checkpoint.load(tmp_path / "out" / "last.pth")["history"])
+    # It says 1000 epochs; as many as are done make it only draw its summary.
+    state = checkpoint.load(tmp_path / "out" / "last.pth")
+    state["args"]["epochs"] = epochs
+    checkpoint.save(state, tmp_path / "out" / "last.pth")
+    assert run_train("--resume", tmp_path / "out")["epochs"] == epochs
+
+
+def test_metrics_of_a_run_killed_before_it_wrote_them_are_made_up(tmp_path, run_dir):
+    shutil.copytree(run_dir, tmp_path / "out")
+    (tmp_path / "out" / "metrics.csv").unlink()
+    run_train("--resume", tmp_path / "out")
+    expected = (run_dir / "metrics.csv").read_bytes()
+    assert (tmp_path / "out" / "metrics.csv").read_bytes() == expected
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with replacing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_full_disk_ends_with_a_clear_line_and_the_last_good_checkpoint(shell, flowers, tmp_path):
+    """The limit on the size of files stands for the disk: checkpoints no longer fit."""
+    words = options(flowers, tmp_path / "out", "--epochs", 2)
+    run_train(*words)
+    before = (tmp_path / "out" / "last.pth").read_bytes()
+    limited = f"ulimit -f 500; exec {sys.executable} {ROOT / 'train.py'} --resume out --epochs 4"
+    result = subprocess.run(
+        ["bash", "-c", limited], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == "error: File too large"
+    assert (tmp_path / "out" / "last.pth").read_bytes() == before
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+# -- bad pictures --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(flowers, tmp_path):
+    """One picture that is none, and one that breaks off after a good start."""
+    shutil.copytree(flowers, tmp_path / "d")
+    (tmp_path / "d" / "roses" / "roses_001.jpg").write_text("no picture")
+    half = tmp_path / "d" / "tulips" / "tulips_002.jpg"
+    half.write_bytes(half.read_bytes()[:700])
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("more", [["-j", 0], ["-j", 2], ["--freeze-layers"]])
+def test_bad_pictures_are_named_once_and_passed_over(damaged, tmp_path, capsys, more):
+    summary = run_train(*options(damaged, tmp_path / "out", "--epochs", 3, *more))
+    err = capsys.readouterr().err
+    assert err.count("skipped: ") == 2
+    assert err.count("roses_001.jpg: not a picture") == 1
+    assert err.count("tulips_002.jpg: ") == 1
+    assert summary["epochs"] == 3
+
+
+def test_fail_stops_at_the_first(damaged, tmp_path):
+    more = ["--epochs", 1, "--on-bad-image", "fail"]
+    with pytest.raises(OSError, match=r"roses_001\.jpg: not a picture"):
+        run_train(*options(damaged, tmp_path / "out", *more))
+    (damaged / "roses" / "roses_001.jpg").unlink()
+    with pytest.raises(OSError, match=r"tulips_002\.jpg: "):
+        run_train(*options(damaged, tmp_path / "out", *more))
+
+
+@pytest.mark.parametrize("content", [b"", None])
+def test_a_broken_disk_does_not_look_like_a_small_data_set(flowers, tmp_path, content):
+    """A tenth may be bad: of 40 pictures four, not five."""
+    shutil.copytree(flowers, tmp_path / "d")
+    for index, path in enumerate(sorted((tmp_path / "d").glob("*/*"))[:5]):
+        if index == 4:
+            run_train(*options(tmp_path / "d", tmp_path / "out", "--epochs", 1))
+        path.write_bytes(path.read_bytes()[:700] if content is None else content)
+    with pytest.raises(RunError, match="5 of 40 pictures cannot be read, more than 10%"):
+        run_train(*options(tmp_path / "d", tmp_path / "out2", "--epochs", 1))
+
+
+def test_a_picture_that_vanishes_while_training_is_passed_over(
+    flowers, tmp_path, monkeypatch, capsys
+):
+    import folders
+
+    shutil.copytree(flowers, tmp_path / "d")
+    scan = folders.BadPictures.scan
+
+    def scan_then_lose(self, paths, labels):
+        kept = scan(self, paths, labels)
+        (tmp_path / "d" / "daisy" / "daisy_003.jpg").unlink(missing_ok=True)
+        return kept
+
+    monkeypatch.setattr(folders.BadPictures, "scan", scan_then_lose)
+    run_train(*options(tmp_path / "d", tmp_path / "out", "--epochs", 2))
+    assert capsys.readouterr().err.count("skipped: ") == 1
+
+
+def test_eval_counts_what_it_passed_over(damaged, run_dir, capsys):
+    words = ["--data-path", damaged, "--weights", run_dir / "best.pth", "--split", "all"]
+    parser = evaluate_script.build_parser()
+    result = evaluate_script.main(parser.parse_args([*map(str, words)]))
+    assert (result["images"], result["bad_images"]) == (38, 2)
+    assert capsys.readouterr().err.count("skipped: ") == 2
+    with pytest.raises(OSError, match=r"roses_001\.jpg"):
+        evaluate_script.main(parser.parse_args([*map(str, words), "--on-bad-image", "fail"]))
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+NAMES = ["with space", "quo'te\"s", "郁金香 ñ", "new\nline", "=1+2", "x" * 250]
+
+
+def test_names_of_any_kind_work_from_training_to_the_table(tmp_path, shell):
+    for number, name in enumerate(NAMES):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for index in range(4):
+            picture = Image.effect_noise((64, 64), 10 + 20 * number).convert("RGB")
+            picture.save(tmp_path / "d" / name / f"{name[:200]} {index}.png")
+    run_train(*options(tmp_path / "d", tmp_path / "out", "--epochs", 1, "--val-rate", 0.25))
+    names = json.loads((tmp_path / "out" / "class_indices.json").read_text())
+    assert list(names.values()) == sorted(NAMES)
+    words = ["--weights", "out/best.pth", "--data-path", "d", "--output-dir", "e"]
+    result = shell("eval.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "new\\nline" in result.stdout
+    result = shell("predict.py", "d", "--weights", "out/best.pth", "--output", "t.csv")
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    assert {row["class_1"].lstrip("'") for row in rows} <= set(NAMES)
+    for row in rows:
+        assert not row["class_1"].startswith("=")
+
+
+def test_formulas_are_text_in_tables(tmp_path):
+    risky = ["=1+1", "+1", "-1", "@x", "\tx", "\rx"]
+    assert cells([*risky, "a=1", -1, 0.5]) == [*(f"'{text}" for text in risky), "a=1", -1, 0.5]
+    save_rows([{"path": "=cmd|' /C calc'!A0", "loss": -1.5}], tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text().splitlines()[1] == "'=cmd|' /C calc'!A0,-1.5"
