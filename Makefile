@@ -1,5 +1,6 @@
 # make demo   train on drawn flowers for about a minute, then classify one
 # make test   lint and test
+# make soak   kill training 200 times and see that nothing is lost; about an hour
 # make lint   check style, change nothing
 #
 # Nothing is written outside this folder.
@@ -13,7 +14,7 @@ export PIP_CACHE_DIR := $(CURDIR)/$(CACHE)/pip
 export MPLCONFIGDIR := $(CURDIR)/$(CACHE)/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: .venv/installed
 	$(VENV) train.py --data-path sample --model shufflenet_v2_x0_5 --epochs 20 --lr 0.02 --lrf 0.01
@@ -21,6 +22,9 @@ demo: .venv/installed
 
 test: lint
 	$(VENV) -m pytest --basetemp=$(CACHE)/pytest
+
+soak: .venv/installed
+	$(VENV) soak.py
 
 lint: .venv/installed-dev
 	$(VENV) -m ruff check .

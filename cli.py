@@ -31,8 +31,9 @@ class RunError(RuntimeError):
     """A failure during the work (exit code 1)."""
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM was heeded and all is saved (exit code 130 or 143)."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM ends the work (exit code 130 or 143). As KeyboardInterrupt no Exception,
+    or an import that tries alternatives would swallow it."""
 
     def __init__(self, signum: int, text: str) -> None:
         super().__init__(text)

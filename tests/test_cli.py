@@ -144,5 +144,5 @@ def test_newest_run_and_fresh_folder(tmp_path, monkeypatch):
     assert str(cli.newest_run("best.pth")) == os.path.join("runs", "b", "best.pth")
 
     first = cli.fresh_folder("x")
-    first.mkdir()
+    assert first.is_dir()
     assert cli.fresh_folder("x") != first

@@ -18,6 +18,7 @@ import checkpoint
 import cli
 import eval as evaluate_script
 import features
+import soak
 import train
 from cli import RunError, UsageError
 from files import cells, locked, replacing, save_rows
@@ -36,31 +37,6 @@ def run_train(*args):
 def options(flowers, folder, *more):
     name = "shufflenet_v2_x0_5"
     return ["--data-path", flowers, "--model", name, "--output-dir", folder, "-j", 0, *more]
-
-
-def assert_same_run(one, two):
-    """Weights, optimizer, history, the best and the table, to the bit."""
-    for name in ("last.pth", "best.pth"):
-        a, b = (torch.load(folder / name, weights_only=True) for folder in (one, two))
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"args"}:
-            assert_same(a[key], b[key], f"{name} {key}")
-    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
-
-
-def assert_same(a, b, where):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where} {key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y, where)
-    else:
-        assert a == b, where
 
 
 # -- stopped -------------------------------------------------------------------------------------
@@ -98,7 +74,7 @@ def test_a_run_that_is_stopped_at_some_step_goes_on_as_if_it_had_not_been(
             stops += error.signum == signum and "go on with --resume" in str(error)
             arguments = ["--resume", tmp_path / "parts"]
     assert stops >= 3
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    soak.compare(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -148,6 +124,25 @@ def test_a_signal_before_training_ends_in_one_line(tmp_path, flowers):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert err.decode().splitlines()[-1] == "error: terminated"
+
+
+def test_a_run_killed_at_random_moments_loses_nothing():
+    """`make soak` does the same for an hour."""
+    args = soak.build_parser().parse_args(["--kills", "4", "--kinds", "cached features"])
+    summary = soak.main(args)
+    assert summary["kills"] >= 4
+    assert summary["runs"] >= 1
+
+
+def test_the_harness_sees_a_single_bit(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "other")
+    soak.compare(run_dir, tmp_path / "other")
+    state = checkpoint.load(run_dir / "last.pth")
+    momentum = state["optimizer"]["state"][3]["momentum_buffer"]
+    momentum.view(-1)[0] = torch.nextafter(momentum.view(-1)[0], torch.tensor(1.0))
+    checkpoint.save(state, tmp_path / "other" / "last.pth")
+    with pytest.raises(RunError, match=r"differs in last\.pth, optimizer, state, 3, momentum"):
+        soak.compare(run_dir, tmp_path / "other")
 
 
 # -- damaged, doubled, full ----------------------------------------------------------------------
