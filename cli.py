@@ -190,7 +190,11 @@ def add_inference(group: argparse._ActionsContainer) -> None:
         help="what computes an .onnx file (when not said: ONNX Runtime for few pictures, which "
         "starts faster, OpenVINO for many)",
     )
-    group.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    group.add_argument(
+        "--amp",
+        action="store_true",
+        help="compute in bfloat16: faster where the device has it, slower elsewhere",
+    )
     group.add_argument(
         "-j", "--workers", type=number(int, 0, 256), default=cores(), metavar="N",
         help="threads that read and classify, each on one core; 0 is one",

@@ -65,6 +65,8 @@ def main(args: argparse.Namespace) -> dict:
     if output.suffix.lower() != ".onnx":
         raise UsageError(f"--output {output}: the suffix must be .onnx")
     cli.require_path(output.parent, "--output", folder=True)
+    if output.is_dir():
+        raise UsageError(f"--output {output}: is a folder")
     if args.check_on and not Path(args.check_on).is_dir():
         cli.require_path(args.check_on, "--check-on")
     missing = [n for n in ("onnx", "onnxscript") if not importlib.util.find_spec(n)]
@@ -142,7 +144,7 @@ def _to_file(trained: "Classifier") -> bytes:
     kept = {k: v for k, v in trained.args.items() if k in ("val_rate", "seed")}
     for name, value in {
         "model_name": trained.model_name,
-        "classes": json.dumps(trained.classes, ensure_ascii=False),
+        "classes": json.dumps(trained.classes),
         "preprocessing": json.dumps(trained.preprocessing),
         "args": json.dumps(kept),
     }.items():
@@ -178,22 +180,23 @@ def _pictures(place: str | None, preprocessing: dict) -> "np.ndarray":
 
 def _difference(trained: "Classifier", path: Path, runtime: str, images: "np.ndarray") -> float:
     """How far a runtime's logits are from PyTorch's, over the largest logit."""
+    import numpy as np
     import torch
 
     from my_dataset import normalize
     from runtime import open_network
 
     network = open_network(path, runtime=runtime)
-    worst, first = 0.0, 0
+    differences, first = [], 0
     for count in CHECKED:
         batch = images[first : first + count]
         first += count
         x = normalize(torch.from_numpy(batch).permute(0, 3, 1, 2), trained.preprocessing)
         with torch.inference_mode():
             expected = trained.model(x).numpy()
-        difference = abs(network.run(batch) - expected).max() / abs(expected).max()
-        worst = max(worst, float(difference))
-    return worst
+        largest = abs(expected).max() or 1.0
+        differences.append(abs(network.run(batch) - expected).max() / largest)
+    return float(np.max(differences))  # not a number if any of them is none
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ def optimize_for_inference(
         ValueError: the model is in train mode, where batch norm depends on the batch.
         TypeError: it is no ShuffleNet of `model.py`.
     """
-    if type(model) not in (ShuffleNetV1, ShuffleNetV2):
-        raise TypeError(f"{type(model).__name__} is neither ShuffleNetV1 nor ShuffleNetV2")
+    if not (_is(model, ShuffleNetV1) or _is(model, ShuffleNetV2)):
+        raise TypeError(
+            f"{type(model).__name__} is neither ShuffleNetV1 nor ShuffleNetV2, or has hooks"
+        )
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in train mode; call model.eval() first")
     network = copy.deepcopy(model).requires_grad_(False)
@@ -56,7 +58,8 @@ def optimize_for_inference(
             unit.branch2 = _fold_batch_norms(unit.branch2)
     if isinstance(network, ShuffleNetV2):
         network.conv5 = _fold_batch_norms(network.conv5)
-        if all(map(_is_known, stages)) and _are(network.conv5, nn.Conv2d, nn.ReLU):
+        known = all(map(_is_known, stages)) and _are(network.conv5, nn.Conv2d, nn.ReLU)
+        if known and network.conv5[0].groups == 1 and not _shares_weights(network):
             network.stage2 = DealtStage(network.stage2)
             network.stage3 = DealtStage(network.stage3, network.stage2.order)
             network.stage4 = DealtStage(network.stage4, network.stage3.order)
@@ -78,7 +81,8 @@ class Optimized(nn.Module):
         """Pictures (N, 3, H, W) to what `fc` sees, (N, channels)."""
         x = x.to(self.dtype, memory_format=torch.channels_last)
         # On a CPU a few pictures at a time, whose activations stay in its caches.
-        parts = x.split(CPU_BATCH) if x.device.type == "cpu" else [x]
+        small = x.device.type == "cpu" and not torch.compiler.is_exporting()
+        parts = x.split(CPU_BATCH) if small else [x]
         features = [self.network.forward_features(part) for part in parts]
         return torch.cat(features).to(self.head_dtype)
 
@@ -198,27 +202,46 @@ def _fold(conv: nn.Module, bn: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def _is(module: nn.Module, kind: type) -> bool:
     """Whether a module is just this, nothing derived from it, without hooks that alter it."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    altered = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not altered
 
 
 def _are(layers: nn.Module, *kinds: type) -> bool:
-    return (
-        _is(layers, nn.Sequential)
-        and len(layers) == len(kinds)
-        and all(map(_is, layers, kinds))
-        # An ordinary convolution has one group, a depthwise one as many as channels.
-        and all(c.groups in (1, c.out_channels) for c in layers if isinstance(c, nn.Conv2d))
-    )
+    return _is(layers, nn.Sequential) and len(layers) == len(kinds) and all(map(_is, layers, kinds))
+
+
+def _shares_weights(network: nn.Module) -> bool:
+    """Whether a weight is used in two places: it could not be permuted for both."""
+    every = network.named_parameters(remove_duplicate=False)
+    return len(list(every)) > len(list(network.parameters()))
 
 
 def _is_known(stage: nn.Module) -> bool:
     """Whether the blocks of a stage, their batch norms folded, are what `DealtStage` expects."""
     conv, relu = nn.Conv2d, nn.ReLU
-    return _is(stage, nn.Sequential) and all(
-        _is(unit, InvertedResidual)
-        and unit.stride == (2 if unit is stage[0] else 1)
-        and _are(unit.branch1, *((conv, conv, relu) if unit is stage[0] else ()))
-        and _are(unit.branch2, conv, relu, conv, conv, relu)
-        and unit.branch2[0].groups == unit.branch2[3].groups == 1
-        for unit in stage
-    )
+    if not _is(stage, nn.Sequential):
+        return False
+    makers = []
+    for unit in stage:
+        first = unit is stage[0]
+        if not (
+            _is(unit, InvertedResidual)
+            and unit.stride == (2 if first else 1)
+            and _are(unit.branch1, *((conv, conv, relu) if first else ()))
+            and _are(unit.branch2, conv, relu, conv, conv, relu)
+        ):
+            return False
+        pointwise, _, depthwise, last, _ = unit.branch2
+        if not (pointwise.groups == last.groups == 1 and _is_depthwise(depthwise)):
+            return False
+        makers.append(last)
+        if first:
+            depthwise, last, _ = unit.branch1
+            if not (_is_depthwise(depthwise) and last.groups == 1):
+                return False
+            makers.append(last)
+    return len({last.out_channels for last in makers}) == 1
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels == conv.out_channels

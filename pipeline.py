@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from cli import RunError
 from image import ImageError, load_rgb, resize_and_crop
 
 BATCH = 16  # pictures per call of the network; on a CPU more is slower, see inference.py
@@ -36,20 +37,26 @@ def stream(
     Yields:
         for each path, in order, the path and its row (outputs,), or the error that says why the
         picture could not be read.
+
+    Raises:
+        RunError: the network answers with what is not finite.
     """
 
     def work(batch: Sequence[str]) -> list[tuple[str, np.ndarray | ImageError]]:
         images, answers = [], []
         for path in batch:
             try:
-                image = load_rgb(path)
+                # Nested, or the picture would stay in memory while the next is read.
                 images.append(
-                    resize_and_crop(image, preprocessing["resize"], preprocessing["crop"])
+                    resize_and_crop(load_rgb(path), preprocessing["resize"], preprocessing["crop"])
                 )
                 answers.append(None)
             except ImageError as error:
                 answers.append(error)
-        rows = iter(run(np.stack(images)) if images else ())
+        outputs = run(np.stack(images)) if images else np.empty(0)
+        if not np.isfinite(outputs).all():
+            raise RunError("the network answers with values that are not finite: it is damaged")
+        rows = iter(outputs)
         return [(path, error or next(rows)) for path, error in zip(batch, answers, strict=True)]
 
     pool = ThreadPoolExecutor(threads)

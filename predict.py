@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PANELS = 32  # pictures in a plot
 PLOTS = (".png", ".jpg", ".pdf", ".svg")
 TABLES = (".csv", ".jsonl")
+UTF8 = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files may be any bytes
 MANY = 64  # pictures from which on a progress bar is worth its import
 
 
@@ -121,7 +122,7 @@ def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], No
         yield _say_json if args.json else _say_text
         return
     # Not renamed at the end: whoever interrupts keeps the whole lines written so far.
-    with open(args.output, "w", newline="", encoding="utf-8", buffering=1) as file:
+    with open(args.output, "w", newline="", buffering=1, **UTF8) as file:
         if args.output.lower().endswith(".jsonl"):
             yield lambda result: print(json.dumps(result), file=file)
             return

@@ -74,6 +74,10 @@ def open_network(
         raise UsageError(f"--device {device}: an .onnx file is computed on the CPU; use the .pth")
     runtime = _choose_runtime(runtime, amp, pictures)
     try:
+        importlib.import_module(runtime)
+    except ImportError as error:
+        raise RunError(f"{runtime} cannot be imported ({error}); install it anew") from None
+    try:
         run, metadata = OPEN[runtime](Path(weights), threads, amp)
     except Exception as error:  # each runtime has its own classes of errors
         reason = str(error).strip().rpartition("\n")[2]
@@ -90,11 +94,13 @@ def open_network(
     check_preprocessing(preprocessing, weights)
     crop = preprocessing["crop"]
     try:
-        shape = run(np.zeros((1, 3, crop, crop), np.float32)).shape
+        shape = run(np.zeros((2, 3, crop, crop), np.float32)).shape
     except Exception as error:
         reason = str(error).strip().rpartition("\n")[2]
-        raise RunError(f"{weights}: classifies no pictures of {crop} pixels ({reason})") from None
-    if shape != (1, len(classes)) or not isinstance(args, dict):
+        raise RunError(
+            f"{weights}: classifies no batches of pictures of {crop} pixels ({reason})"
+        ) from None
+    if shape != (2, len(classes)) or not isinstance(args, dict):
         raise RunError(f"{weights}: names {len(classes)} classes, but answers {shape}")
     scale, shift = _normalization(preprocessing)
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_a_file_that_disagrees_is_not_left(
         run_export(*words, "--output", tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_bytes() == b"what was there before"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_answers_nan_is_not_left(onnx_file, run_dir, flowers, tmp_path, monkeypatch):
+    model = onnx.load(onnx_file)
+    weight = next(t for t in model.graph.initializer if t.name == "fc.bias")
+    values = np.full(5, np.nan, np.float32)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    monkeypatch.setattr(export, "_to_file", lambda trained: model.SerializeToString())
+    words = ["--weights", run_dir / "best.pth", "--check-on", flowers]
+    with pytest.raises(RunError, match="computes other logits"):
+        run_export(*words, "--output", tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_mistakes_are_found_before_the_work(run_dir, tmp_path, monkeypatch):

@@ -138,7 +138,9 @@ def test_what_is_no_shufflenet_of_ours_is_refused():
         def forward(self, x):
             return -super().forward(x)
 
-    for model in (nn.Linear(2, 2), Derived([1, 1, 1], [4, 4, 4, 4, 4])):
+    hooked = ShuffleNetV2([1, 1, 1], [4, 4, 4, 4, 4])
+    hooked.register_forward_hook(lambda module, args, output: 2 * output)
+    for model in (nn.Linear(2, 2), Derived([1, 1, 1], [4, 4, 4, 4, 4]), hooked):
         with pytest.raises(TypeError, match="neither ShuffleNetV1 nor ShuffleNetV2"):
             optimize_for_inference(model.eval())
 
@@ -180,12 +182,35 @@ def replace_conv5(model):
     model.conv5 = nn.Sequential(nn.Conv2d(24, 30, 1, groups=2), nn.Hardswish())
 
 
+def repeat_a_unit(model):
+    model.stage3[2] = model.stage3[1]
+
+
+def share_a_convolution(model):
+    model.stage3[2].branch2[0] = model.stage3[1].branch2[0]
+
+
+def make_depthwise_dense(model):
+    model.stage3[0].branch1[0] = nn.Conv2d(12, 12, 3, 2, padding=1)
+
+
+def make_branches_unequal(model):
+    unit = model.stage4[0]
+    unit.branch1[2], unit.branch1[3] = nn.Conv2d(24, 10, 1), nn.BatchNorm2d(10)
+    unit.branch2[5], unit.branch2[6] = nn.Conv2d(12, 14, 1), nn.BatchNorm2d(14)
+
+
+def group_conv5(model):
+    model.conv5[0] = nn.Conv2d(24, 30, 1, groups=3)
+
+
 def replace_stem(model):
     model.conv1 = nn.Conv2d(3, 8, 5, 2, padding=2)
 
 
 CHANGES = [exchange_activation, exchange_order, add_hook, drop_statistics, drop_scale]
-CHANGES += [add_dropout, replace_conv5, replace_stem]
+CHANGES += [add_dropout, replace_conv5, replace_stem, repeat_a_unit, share_a_convolution]
+CHANGES += [make_depthwise_dense, make_branches_unequal, group_conv5]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from cli import RunError
 from image import ImageError, load_rgb, resize_and_crop
 from pipeline import stream
 
@@ -72,3 +73,8 @@ def test_an_error_of_the_network_reaches_the_reader(paths):
 
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream(paths, fail, SIZES, threads=2))
+
+
+def test_answers_that_are_not_finite_are_an_error(paths):
+    with pytest.raises(RunError, match="not finite"):
+        list(stream(paths, lambda x: np.full((len(x), 2), np.nan), SIZES, threads=2))
