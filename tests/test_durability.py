@@ -42,7 +42,7 @@ def options(flowers, folder, *more):
 # -- stopped -------------------------------------------------------------------------------------
 
 KINDS = {
-    "all layers": (["--epochs", 3], signal.SIGTERM),
+    "all layers": (["--epochs", 3], signal.SIGINT),
     "bfloat16": (["--epochs", 1, "--amp", "--batch-size", 4], signal.SIGINT),
     "cached features": (["--epochs", 3, "--freeze-layers", "--batch-size", 8], signal.SIGINT),
 }
