@@ -15,7 +15,6 @@ from conftest import ROOT
 from PIL import Image
 
 import checkpoint
-import cli
 import eval as evaluate_script
 import features
 import soak
@@ -41,39 +40,51 @@ def options(flowers, folder, *more):
 
 # -- stopped -------------------------------------------------------------------------------------
 
+# What is trained, the signal, and in which forward pass it comes to the first process, the next
+# ... : a first step, a middle one, validation.
 KINDS = {
-    "all layers": (["--epochs", 3], signal.SIGINT),
-    "bfloat16": (["--epochs", 1, "--amp", "--batch-size", 4], signal.SIGINT),
-    "cached features": (["--epochs", 3, "--freeze-layers", "--batch-size", 8], signal.SIGINT),
+    "all layers": (["--epochs", 3], signal.SIGTERM, [1, 4]),
+    "bfloat16": (["--epochs", 1, "--amp", "--batch-size", 4], signal.SIGINT, [3]),
+    "cached features": (
+        ["--epochs", 3, "--freeze-layers", "--batch-size", 8],
+        signal.SIGINT,
+        [2, 4],
+    ),
 }
+
+SIGNALLED = """
+import signal, sys, torch, cli, train
+at, signum = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+forward, calls = torch.nn.Linear.forward, 0
+
+def counted(self, x):
+    global calls
+    calls += 1
+    if calls == at:
+        signal.raise_signal(signum)
+    return forward(self, x)
+
+torch.nn.Linear.forward = counted
+cli.run(train.build_parser(), train.main)
+"""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_is_stopped_at_some_step_goes_on_as_if_it_had_not_been(
-    flowers, tmp_path, monkeypatch, kind
-):
-    """The signal comes in a first step, in middle ones, and in validation."""
-    more, signum = KINDS[kind]
+def test_a_run_that_is_stopped_at_some_step_goes_on_as_if_it_had_not_been(flowers, tmp_path, kind):
+    more, signum, moments = KINDS[kind]
     run_train(*options(flowers, tmp_path / "whole", *more))
-    forward, calls, stops = torch.nn.Linear.forward, 0, 0
-
-    def counted(self, x):
-        nonlocal calls
-        calls += 1
-        if calls in (1, 4, 6, 13):
-            os.kill(os.getpid(), signum)
-        return forward(self, x)
-
-    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
     arguments = options(flowers, tmp_path / "parts", *more)
-    while arguments:
-        try:
-            run_train(*arguments)
-            arguments = None
-        except cli.Interrupted as error:
-            stops += error.signum == signum and "go on with --resume" in str(error)
-            arguments = ["--resume", tmp_path / "parts"]
-    assert stops >= 3
+    for at in moments:
+        words = [sys.executable, "-c", SIGNALLED, at, signum.value, *arguments]
+        result = subprocess.run(
+            [*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 128 + signum, result.stderr
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("error: stopped after ")
+        assert "all is saved; go on with --resume" in last
+        arguments = ["--resume", tmp_path / "parts"]
+    run_train(*arguments)
     soak.compare(tmp_path / "whole", tmp_path / "parts")
 
 
