@@ -131,10 +131,11 @@ class _Guarded(Dataset):
 
 
 def _start_worker(index: int) -> None:
-    # Ctrl-C reaches every process of a terminal, SIGTERM those of a service: the main process
-    # decides what becomes of it, and workers end with it.
+    """Ctrl-C reaches every process of a terminal, SIGTERM those of a service: the main process
+    decides what becomes of it. It has some seconds to finish its step before workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(3))
 
 
 class DeviceLoader:
