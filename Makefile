@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(VENV) predict.py data/sample/tulips/tulips_000.jpg
 
 test: lint
-	$(VENV) -m pytest --basetemp=$(CACHE)/pytest
+	$(VENV) -m pytest -n 2 --dist worksteal --basetemp=$(CACHE)/pytest
 
 soak: .venv/installed
 	$(VENV) soak.py

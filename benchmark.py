@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent
 # How far logits may be from torchvision's, over the largest.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+MODELS = [f"shufflenet_v2_{width}" for width in ("x0_5", "x1_0", "x1_5", "x2_0")]
 PARALLEL = ", a batch a core"
 SCRIPTS = ("plain.py", "predict.py", "export.py")
 # train.py with a cache of features at the place named first.
@@ -84,7 +85,11 @@ def build_parser() -> cli.Parser:
 
     for kind in (inference, pipeline, startup, train):
         kind.add_argument(
-            "--model", default="shufflenet_v2_x1_0", metavar="NAME", help="a network of v2"
+            "--model",
+            choices=MODELS,
+            default="shufflenet_v2_x1_0",
+            metavar="NAME",
+            help=", ".join(MODELS),
         )
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")
         if kind is not train:
@@ -99,18 +104,21 @@ def build_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> dict:
     """Run the benchmark; returns {"machine": text, "options": text, "rows": [{"name", figures...},
     ...]}."""
+    plot = getattr(args, "plot", None)
+    if plot:
+        cli.check_file("--plot", plot, cli.PLOTS)
     report = {"machine": _machine()} | args.run(args)
     if args.json:
         cli.say(json.dumps(report))
     else:
         cli.say(f"{report['machine']}; {report['options']}\n\n{_table(report['rows'])}")
-    if getattr(args, "plot", None):
+    if plot:
         import plots
 
         best = max(args.batch_sizes)
         column = f"img/s, batch {best}"
         bars = {row["name"]: row[column] for row in report["rows"]}
-        plots.save_figure(plots.draw_bars(bars, column), args.plot)
+        plots.save_figure(plots.draw_bars(bars, column), plot)
     return report
 
 

@@ -4,11 +4,12 @@ Standard library only, so that `--help` and a wrong path answer before torch is 
 """
 
 import argparse
+import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FLOWER_PHOTOS = "data/flower_photos"  # downloaded when absent
 SAMPLE = "sample"  # drawn to data/sample
+PLOTS = (".png", ".jpg", ".pdf", ".svg")
 
 
 class UsageError(ValueError):
@@ -275,12 +277,25 @@ def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
         raise UsageError(f"{flag} {path}: not a {'folder' if folder else 'file'}")
 
 
+def check_file(flag: str, path: str, suffixes: Sequence[str]) -> Path:
+    """Raise UsageError unless a file of such a name can be written."""
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{flag} {path}: the suffix must be {' or '.join(suffixes)}")
+    require_path(path.parent, flag, folder=True)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder")
+    return path
+
+
 def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoReturn:
     """Parse, call `main`, and leave with 0, 1, 2, 130 or 143; a foreseen error is one line, only
     an unforeseen one (a bug) shows a traceback."""
     with suppress(ValueError):  # in another thread than the main one there are no signals
         signal.signal(signal.SIGTERM, _terminate)
     try:
+        if sys.stdout is None:  # closed by the caller (`>&-`)
+            sys.stdout = io.StringIO()
         main(parser.parse_args())
         sys.stdout.flush()
         code = 0
@@ -309,6 +324,12 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
             )  # fmt: skip
         else:
             raise
+    if code > 128:
+        # Nobody who interrupts waits for threads at work, nor for a runtime to be taken down, which
+        # has been seen to hang then.
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

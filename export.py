@@ -61,12 +61,7 @@ def main(args: argparse.Namespace) -> dict:
     """Export as the options say; returns what the last line prints."""
     weights = args.weights or cli.newest_run("best.pth")
     cli.require_path(weights, "--weights")
-    output = Path(args.output)
-    if output.suffix.lower() != ".onnx":
-        raise UsageError(f"--output {output}: the suffix must be .onnx")
-    cli.require_path(output.parent, "--output", folder=True)
-    if output.is_dir():
-        raise UsageError(f"--output {output}: is a folder")
+    output = cli.check_file("--output", args.output, (".onnx",))
     if args.check_on and not Path(args.check_on).is_dir():
         cli.require_path(args.check_on, "--check-on")
     missing = [n for n in ("onnx", "onnxscript") if not importlib.util.find_spec(n)]

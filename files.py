@@ -17,7 +17,7 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that takes the place of `path` in one step when the block ends well; until
     then, and if it fails, `path` stays as it was. When the block has ended the file is on the
     disk, not only in memory."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:

@@ -24,6 +24,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of dama
 # side of 256, would be 19 GB, of which the crop keeps a millionth.
 MAX_ASPECT = 16
 
+# Cameras and programs write about ten; a file of a megabyte can hold ten thousand, which would take
+# a quarter of an hour to read.
+MAX_SCANS = 64
+
 # What makes a picture upright again, by its EXIF orientation; 1 is upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,6 +90,7 @@ def load_rgb(path: str | Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_size(image)
+            _check_scans(image, path)
             image.load()
             return _to_rgb(_upright(image))
     except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -101,6 +106,14 @@ def check_header(path: str | Path) -> None:
             _check_size(image)
     except Exception as error:
         raise ImageError(f"{printable(path)}: {printable(_reason(path, error))}") from None
+
+
+def _check_scans(image: Image.Image, path: str | Path) -> None:
+    # Each pass of a progressive JPEG goes over all its pixels, but needs only a dozen bytes.
+    if image.info.get("progressive"):
+        scans = Path(path).read_bytes().count(b"\xff\xda")
+        if scans > MAX_SCANS:
+            raise ValueError(f"a JPEG of {scans} scans, over {MAX_SCANS}")
 
 
 def _check_size(image: Image.Image) -> None:

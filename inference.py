@@ -72,23 +72,26 @@ class Optimized(nn.Module):
 
     def __init__(self, network: ShuffleNetV1 | ShuffleNetV2, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.head_dtype = next(network.parameters()).dtype
-        self.dtype = dtype or self.head_dtype
-        self.network = network.to(self.dtype, memory_format=torch.channels_last)
-        self.network.fc.to(self.head_dtype)
+        own = _dtype(network.fc)
+        self.network = network.to(dtype or own, memory_format=torch.channels_last)
+        self.network.fc.to(own)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pictures (N, 3, H, W) to what `fc` sees, (N, channels)."""
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        x = x.to(_dtype(self.network.conv1), memory_format=torch.channels_last)
         # On a CPU a few pictures at a time, whose activations stay in its caches.
         small = x.device.type == "cpu" and not torch.compiler.is_exporting()
         parts = x.split(CPU_BATCH) if small else [x]
         features = [self.network.forward_features(part) for part in parts]
-        return torch.cat(features).to(self.head_dtype)
+        return torch.cat(features).to(_dtype(self.network.fc))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised pictures (N, 3, H, W) to logits (N, num_classes)."""
         return self.network.fc(self.forward_features(x))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 class DealtStage(nn.Module):

@@ -17,6 +17,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 PANELS = 32  # pictures in a plot
-PLOTS = (".png", ".jpg", ".pdf", ".svg")
 TABLES = (".csv", ".jsonl")
 UTF8 = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files may be any bytes
 MANY = 64  # pictures from which on a progress bar is worth its import
@@ -47,8 +47,9 @@ def build_parser() -> cli.Parser:
         "--topk", type=cli.number(int, 1), default=5, metavar="K",
         help="classes per picture, at most as many as there are",
     )  # fmt: skip
-    output.add_argument("--json", action="store_true", help="one JSON object a line")
-    output.add_argument(
+    form = output.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument(
         "--output",
         metavar="FILE",
         help="write results there (.csv, or .jsonl with one JSON object a line), not to the screen",
@@ -67,11 +68,11 @@ def main(args: argparse.Namespace) -> list[dict]:
     weights = args.weights or cli.newest_run("best.pth")
     cli.require_path(weights, "--weights")
     for flag, path, suffixes in (
-        ("--save-plot", args.save_plot, PLOTS),
+        ("--save-plot", args.save_plot, cli.PLOTS),
         ("--output", args.output, TABLES),
     ):
         if path:
-            _check_file(flag, Path(path), suffixes)
+            cli.check_file(flag, path, suffixes)
 
     # Imports that take a while, so not before the paths are known to be right.
     from image import ImageError
@@ -119,7 +120,10 @@ def best_classes(logits: "np.ndarray", classes: list[str], topk: int) -> list[di
 def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], None]]:
     """What takes each result as soon as it is there, so that Ctrl-C loses none."""
     if not args.output:
-        yield _say_json if args.json else _say_text
+        form = json.dumps if args.json else _text
+        # When nobody reads on (`| head`) a plot is drawn all the same, else there is no more to do.
+        say = cli.say if args.save_plot or args.show else partial(print, flush=True)
+        yield lambda result: say(form(result))
         return
     # Not renamed at the end: whoever interrupts keeps the whole lines written so far.
     with open(args.output, "w", newline="", buffering=1, **UTF8) as file:
@@ -139,14 +143,10 @@ def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], No
         yield write
 
 
-def _say_json(result: dict) -> None:
-    cli.say(json.dumps(result))
-
-
-def _say_text(result: dict) -> None:
-    cli.say(printable(result["path"]))
-    for guess in result["predictions"]:
-        cli.say(f"class: {printable(guess['class']):<10}   prob: {guess['prob']:.3f}")
+def _text(result: dict) -> str:
+    guesses = ((printable(g["class"]), g["prob"]) for g in result["predictions"])
+    lines = (f"class: {name:<10}   prob: {prob:.3f}" for name, prob in guesses)
+    return "\n".join([printable(result["path"]), *lines])
 
 
 @contextlib.contextmanager
@@ -176,14 +176,6 @@ def _find(places: list[str]) -> list[str]:
             raise UsageError(f"{place}: no pictures in it, by their suffix")
         paths += found
     return paths
-
-
-def _check_file(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
-    if path.suffix.lower() not in suffixes:
-        raise UsageError(f"{flag} {path}: the suffix must be one of {' '.join(suffixes)}")
-    cli.require_path(path.parent, flag, folder=True)
-    if path.is_dir():
-        raise UsageError(f"{flag} {path}: is a folder")
 
 
 def _plot(results: list[dict], args: argparse.Namespace) -> None:

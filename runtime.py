@@ -148,11 +148,21 @@ def _open_torch(weights: str | Path, device_name: str, amp: bool) -> Network:
     from utils import amp_dtype, choose_device
 
     device = choose_device(device_name)
+    if amp and device.type == "cpu" and not torch_has_bfloat16():
+        notice("--amp: this CPU has no bfloat16; PyTorch imitates it, several times slower")
     trained = checkpoint.load_classifier(weights)
     model = optimize_for_inference(trained.model, amp_dtype(device, amp)).to(device)
 
     run = torch_run(model, device, trained.preprocessing)
     return Network(run, *trained[1:], computed_by=f"PyTorch on {device}")
+
+
+def torch_has_bfloat16() -> bool:
+    """Whether PyTorch computes convolutions in bfloat16 on this CPU, rather than imitate it."""
+    import torch
+
+    # torch has no public way to ask.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def torch_run(

@@ -1,11 +1,16 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch: tests share the cores with workers
+# Before torch: tests share the cores with each other and with workers.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OMP_NUM_THREADS"] = "1"
+# A shell that starts the tests in its background has its children ignore this signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import cli
 
@@ -90,7 +93,6 @@ def leave(error):
         (cli.RunError("it broke\nbadly"), 1, r"error: it broke\nbadly" + "\n"),
         (OSError(28, "No space left on device", "a/b"), 1, "error: No space left on device: a/b\n"),
         (MemoryError(), 1, "error: out of memory: use a smaller --batch-size\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (RuntimeError("DataLoader worker (pid 1) is killed"), 1, None),
     ],
 )
@@ -103,6 +105,27 @@ def test_errors_become_one_line_and_their_exit_code(error, code, line, capsys, m
         assert err.count("\n") == 1
     else:
         assert err == line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("KeyboardInterrupt", 130, "error: interrupted\n"),
+        ("cli.Interrupted(15, 'terminated')", 143, "error: terminated\n"),
+    ],
+)
+def test_an_interrupted_script_waits_for_no_thread(error, code, line):
+    script = f"""
+import argparse, threading, time, cli
+def main(args):
+    threading.Thread(target=time.sleep, args=[60]).start()
+    print("so far", end="")
+    raise {error}
+cli.run(argparse.ArgumentParser(), main)
+"""
+    words = [sys.executable, "-c", script]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "so far", line)
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

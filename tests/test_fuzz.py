@@ -24,7 +24,7 @@ FUZZ = settings(
     derandomize=EXAMPLES <= 1000,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-SECONDS = 2  # a small picture or checkpoint must not take longer, whatever is written in it
+SECONDS = 20  # a small picture or checkpoint must not take longer, whatever is written in it
 
 
 def either(errors, function, *args):

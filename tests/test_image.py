@@ -1,6 +1,7 @@
 """Reading one picture, against torchvision and against pixels worked out by hand."""
 
 import errno
+import io
 import os
 import pickle
 import struct
@@ -287,6 +288,21 @@ def test_a_line_break_in_the_name_leaves_the_message_one_line_that_names_the_fil
 def test_a_small_file_that_claims_a_huge_picture_is_refused_by_its_header(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png(*size, 8, 2, bytes(100)))
     assert "pixels" in refusal(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("more", [10, 100])
+def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path, more):
+    """Its last scan again and again is still a picture, which takes the longer to read."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    first, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    (tmp_path / "a.jpg").write_bytes(data[:end] + data[first:end] * more + data[end:])
+    if more == 10:
+        assert load_rgb(tmp_path / "a.jpg").getpixel((9, 9)) == (254, 0, 0)
+    else:
+        with pytest.raises(ImageError, match=r"a JPEG of 110 scans, over 64"):
+            load_rgb(tmp_path / "a.jpg")
 
 
 def test_a_picture_without_width_or_height_is_refused(tmp_path):

@@ -124,6 +124,33 @@ def test_bfloat16_keeps_the_head_and_comes_close():
     assert 1e-6 < difference(model, optimized) < 0.05
 
 
+def test_it_computes_in_small_parts_that_lie_as_nhwc_and_for_no_gradients():
+    optimized = optimize_for_inference(trained(build_model("shufflenet_v2_x0_5", 10)))
+    seen = []
+    optimized.network.stage3.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    optimized(torch.randn(40, 3, 64, 64))
+    assert [len(x) for x in seen] == [16, 16, 8]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    for parameter in optimized.parameters():
+        assert not parameter.requires_grad
+        assert parameter.dim() != 4 or parameter.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_folding_rounds_once():
+    """Each folded weight is the float32 next to what float64 makes of the same weights."""
+    model = trained(build_model("shufflenet_v2_x0_5", 10))
+    exact = optimize_for_inference(copy.deepcopy(model).double()).state_dict()
+    for name, value in optimize_for_inference(model).state_dict().items():
+        assert torch.equal(value, exact[name].float()), name
+
+
+def test_it_may_be_converted_afterwards():
+    model = trained(build_model("shufflenet_v2_x0_5", 10))
+    optimized = optimize_for_inference(model)
+    assert difference(model.double(), optimized.double()) < 1e-6
+    assert optimized.half()(torch.randn(1, 3, 64, 64)).dtype == torch.float16
+
+
 @pytest.mark.parametrize("part", ["whole", "one batch norm"])
 def test_a_model_in_train_mode_is_refused(part):
     model = build_model("shufflenet_v2_x0_5", 10)
@@ -204,13 +231,26 @@ def group_conv5(model):
     model.conv5[0] = nn.Conv2d(24, 30, 1, groups=3)
 
 
+def group_a_pointwise(model):
+    model.stage3[1].branch2[0] = nn.Conv2d(12, 12, 1, groups=2)
+
+
+def group_the_last_pointwise(model):
+    model.stage3[1].branch2[5] = nn.Conv2d(12, 12, 1, groups=3)
+
+
+def group_a_shortcut(model):
+    model.stage3[0].branch1[2] = nn.Conv2d(12, 12, 1, groups=2)
+
+
 def replace_stem(model):
     model.conv1 = nn.Conv2d(3, 8, 5, 2, padding=2)
 
 
 CHANGES = [exchange_activation, exchange_order, add_hook, drop_statistics, drop_scale]
 CHANGES += [add_dropout, replace_conv5, replace_stem, repeat_a_unit, share_a_convolution]
-CHANGES += [make_depthwise_dense, make_branches_unequal, group_conv5]
+CHANGES += [make_depthwise_dense, make_branches_unequal, group_conv5, group_a_pointwise]
+CHANGES += [group_the_last_pointwise, group_a_shortcut]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -50,11 +50,14 @@ def test_runtimes_compute_what_pytorch_computes(onnx_file, images, expected, ask
     assert network.computed_by == asked
 
 
-def test_pytorch_computes_it_from_the_checkpoint(run_dir, images, expected):
+def test_pytorch_computes_it_from_the_checkpoint(run_dir, images, expected, capsys):
     network = open_network(run_dir / "best.pth", device="cpu")
     assert_same(network.run(images), expected)
     assert network.computed_by == "PyTorch on cpu"
+    assert capsys.readouterr().err == ""
     halved = open_network(run_dir / "best.pth", device="cpu", amp=True).run(images)
+    imitated = "PyTorch imitates it" in capsys.readouterr().err
+    assert imitated == (not runtime.torch_has_bfloat16())
     assert 1e-6 < abs(halved - expected).max() < 0.05 * abs(expected).max()
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -409,12 +410,19 @@ def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
         ("predict.py", ["file"], "there is no runs/*/best.pth here"),
         ("predict.py", [".", "--weights", "file"], ".: no pictures in it"),
         ("predict.py", ["file", "--topk", "0"], "0 must be at least 1"),
-        ("predict.py", ["file", "--weights", "file", "--save-plot", "x.txt"], "suffix must be one"),
+        (
+            "predict.py",
+            ["file", "--weights", "file", "--save-plot", "x.txt"],
+            "suffix must be .png",
+        ),
         ("predict.py", ["file", "--weights", "file", "--save-plot", "no/x.png"], "no such folder"),
-        ("predict.py", ["file", "--weights", "file", "--output", "x.txt"], "one of .csv .jsonl"),
+        ("predict.py", ["file", "--weights", "file", "--output", "x.txt"], ".csv or .jsonl"),
         ("predict.py", ["file", "--weights", "file", "--output", "no/x.csv"], "no such folder"),
         ("predict.py", ["file", "--weights", "no.onnx"], "--weights no.onnx: no such file"),
         ("predict.py", ["file", "--runtime", "x"], "invalid choice: 'x'"),
+        ("predict.py", ["file", "--json", "--output", "x.csv"], "not allowed with argument --json"),
+        ("benchmark.py", ["inference", "--model", "vgg"], "invalid choice: 'vgg'"),
+        ("benchmark.py", ["inference", "--plot", "x.txt"], "the suffix must be .png or"),
         ("export.py", [], "there is no runs/*/best.pth here"),
         ("export.py", ["--weights", "file", "--output", "x.pt"], "the suffix must be .onnx"),
     ],
@@ -714,6 +722,29 @@ def test_predict_writes_tables_in_the_order_of_the_pictures(
         for rank, guess in enumerate(result["predictions"], 1):
             assert row[f"class_{rank}"] == guess["class"]
             assert float(row[f"prob_{rank}"]) == pytest.approx(guess["prob"], abs=1e-6)
+
+
+@pytest.mark.parametrize("options", ["", "--json", "--save-plot plot.png"])
+def test_predict_ends_when_nobody_reads_on_but_draws(flowers, tmp_path, onnx_file, options):
+    (tmp_path / "bad.jpg").touch()
+    words = [sys.executable, ROOT / "predict.py", *[flowers / "roses"] * 20, "bad.jpg"]
+    words += ["--weights", onnx_file, *options.split()]
+    process = subprocess.Popen(
+        [*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    reached_the_last = "plot" in options
+    assert process.wait(timeout=60) == int(reached_the_last)
+    assert (b"bad.jpg" in process.stderr.read()) == reached_the_last
+    assert (tmp_path / "plot.png").exists() == reached_the_last
+
+
+def test_predict_works_without_stdout(flowers, tmp_path, onnx_file):
+    words = [sys.executable, ROOT / "predict.py", flowers / "roses", "--weights", onnx_file]
+    command = f"{shlex.join(map(str, words))} >&-"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
