@@ -78,7 +78,8 @@ def _lock(file: IO) -> None:
 
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not flock, which the workers of a run would hold on to for seconds after it was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def save_json(value: object, path: str | Path) -> None:
