@@ -16,7 +16,10 @@ the tutorial's, and those wrapped by DataParallel or torch.compile.
 
 import io
 import json
+import os
 import re
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +55,7 @@ def load(path: str | Path) -> dict:
         FileNotFoundError: no such file.
     """
     try:
+        _check_unpacked_size(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -63,6 +67,17 @@ def load(path: str | Path) -> dict:
     if not isinstance(state, dict):
         raise RunError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return state
+
+
+def _check_unpacked_size(path: str | Path) -> None:
+    """Archives of torch are not compressed; one that grows when unpacked could fill the memory."""
+    with (
+        suppress(zipfile.BadZipFile),
+        zipfile.ZipFile(path) as archive,
+    ):  # an older format is no zip
+        unpacked, size = sum(e.file_size for e in archive.infolist()), os.path.getsize(path)
+        if unpacked > size:
+            raise ValueError(f"{size:,} bytes that unpack to {unpacked:,}")
 
 
 def _reason(error: Exception) -> str:
@@ -87,12 +102,20 @@ def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UsageError(f"{path}: {name!r} is no tensor; expected a state dict")
+        if not _is_plain(value):
+            raise UsageError(f"{path}: {name} is not stored as it is, value by value")
         if value.is_floating_point() and not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite")
         weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = value
     if not weights:
         raise UsageError(f"{path}: holds no weights")
     return weights
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Neither sparse, quantized or without values, nor a few bytes that claim to be many."""
+    dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def head_fits(model: nn.Module, weights: dict[str, Tensor]) -> bool:

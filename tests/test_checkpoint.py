@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -186,6 +187,19 @@ def test_nothing_in_a_file_is_ever_run(tmp_path, monkeypatch, write):
     assert os.listdir(tmp_path) == ["evil.pth"]
 
 
+def test_a_file_that_would_fill_the_memory_is_refused(tmp_path):
+    torch.save({"fc.weight": torch.zeros(10**7)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in plain.infolist():
+            bomb.writestr(entry.filename, plain.read(entry))
+    assert checkpoint.load(tmp_path / "plain.pth")
+    with pytest.raises(RunError, match=r"bytes that unpack to 40,\d{3},\d{3}\)$"):
+        checkpoint.load(tmp_path / "bomb.pth")
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -213,8 +227,13 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, network, spoil):
         ({"a": 1}, "'a' is no tensor"),
         ({"a": torch.tensor([float("nan")])}, "a holds values that are not finite"),
         ({"a": torch.zeros(2)}, "fit no network"),
+        ({"a": torch.zeros(1).expand(10**12)}, "a is not stored as it is"),
+        ({"a": torch.zeros(3, 3).to_sparse()}, "a is not stored as it is"),
+        ({"a": torch.zeros(9, device="meta")}, "a is not stored as it is"),
+        ({"a": torch.quantize_per_tensor(torch.zeros(3), 1, 0, torch.qint8)}, "not stored as it"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch on quantized and sparse tensors
 def test_a_file_of_something_else_is_one_clear_error(tmp_path, content, words):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises((RunError, UsageError), match=words):
