@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,16 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 MODELS = [f"shufflenet_v2_{width}" for width in ("x0_5", "x1_0", "x1_5", "x2_0")]
 PARALLEL = ", a batch a core"
 SCRIPTS = ("plain.py", "predict.py", "export.py")
+# Options of train.py, by what is trained and by what is added to the name of the row.
+OURS = {
+    "fc": {
+        ", first run": ["--freeze-layers"],
+        ", again": ["--freeze-layers"],
+    },
+    "all": {
+        "": [],
+    },
+}
 # train.py with a cache of features at the place named first.
 OUR_TRAINING = """
 import pathlib, sys, cli, features, train
@@ -71,9 +82,14 @@ def build_parser() -> cli.Parser:
     startup.add_argument("pictures", metavar="IMAGE", help="a picture")
     startup.set_defaults(run=measure_scripts)
 
-    train = kinds.add_parser("train", help="fc alone, on features computed once")
+    train = kinds.add_parser("train", help="train.py and the plain loop, whole processes")
     train.add_argument("data_path", metavar="DIR", help="folder with one folder per class")
-    train.add_argument("--weights", required=True, metavar="FILE", help="state dict to start from")
+    train.add_argument(
+        "--weights", default="", metavar="FILE", help="state dict to start from; '' is none"
+    )
+    train.add_argument(
+        "--layers", nargs="+", choices=OURS, default=list(OURS), help="what is trained"
+    )
     train.add_argument(
         "--epochs", type=cli.number(int, 1), default=30, metavar="N", help="epochs of every run"
     )
@@ -330,41 +346,44 @@ def _compare(name: str, table: Path, expected: dict[str, list[float]]) -> dict:
 
 
 def measure_training(args: argparse.Namespace) -> dict:
-    """`fc` alone, trained by train.py on cached features and by the plain loop."""
+    """train.py and the plain loop, whole processes: `fc` alone, by us on cached features, and all
+    layers."""
     cli.require_path(args.data_path, "DIR", folder=True)
-    cli.require_path(args.weights, "--weights")
+    if args.weights:
+        cli.require_path(args.weights, "--weights")
     runs: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(args.seeds):
-            common = [args.data_path, args.weights, args.model, args.epochs, seed, args.workers]
-            plain = _run(["plain.py", "train", *common])
-            plain["accuracy"] = json.loads(plain.pop("output"))["accuracy"]
-            runs.setdefault("plain.py", []).append(plain)
-            # A cache of its own for each seed: cold at first, then warm.
-            for name in ("train.py, first run", "train.py, again"):
-                output_dir = Path(scratch, f"{seed}, {name}")
-                words = ["-c", OUR_TRAINING, f"{scratch}/cache{seed}"]
-                words += [
-                    "--data-path",
-                    args.data_path,
-                    "--weights",
-                    args.weights,
-                    "--model",
-                    args.model,
-                ]
-                words += ["--freeze-layers", "--epochs", args.epochs]
-                words += ["--seed", seed, "--workers", args.workers, "--output-dir", output_dir]
-                ours = _run(words)
-                last = (output_dir / "metrics.csv").read_text().splitlines()[-1]
-                ours["accuracy"] = float(last.split(",")[-1])
-                runs.setdefault(name, []).append(ours)
+            for layers in args.layers:
+                words = ["plain.py", "train", args.data_path, args.weights, args.model]
+                plain = _run([*words, layers, args.epochs, seed, args.workers])
+                plain |= json.loads(plain.pop("output"))
+                runs.setdefault(f"{layers}: plain.py", []).append(plain)
+                for name, options in OURS[layers].items():
+                    # A cache of its own for each seed: cold at first, then warm.
+                    output_dir = Path(scratch, f"{seed}, {layers}, {name}")
+                    words = ["-c", OUR_TRAINING, f"{scratch}/cache{seed}", *options]
+                    words += ["--data-path", args.data_path, "--weights", args.weights]
+                    words += ["--model", args.model, "--epochs", args.epochs, "--seed", seed]
+                    words += ["--workers", args.workers, "--output-dir", output_dir]
+                    ours = _run(words)
+                    last = (output_dir / "metrics.csv").read_text().splitlines()[-1]
+                    ours["accuracy"] = float(last.split(",")[-1])
+                    if layers == "all":
+                        rate = re.findall(r" (\d+) img/s", ours["output"])[-1]
+                        ours["images_per_second"] = float(rate)
+                    runs.setdefault(f"{layers}: train.py{name}", []).append(ours)
             notice(f"seed {seed} is done")
-    rows = _rows(runs)
+    rows = []
+    for layers in args.layers:
+        rows += _rows({name: runs[name] for name in runs if name.startswith(f"{layers}:")})
     for row in rows:
         accuracy = [run["accuracy"] for run in runs[row["name"]]]
         row["accuracy, last epoch"] = round(statistics.mean(accuracy), 4)
         row["spread"] = round(statistics.stdev(accuracy), 4) if len(accuracy) > 1 else 0.0
-    options = f"{args.model}, fc alone, {args.epochs} epochs, {args.seeds} seeds"
+        rates = [run.get("images_per_second") for run in runs[row["name"]]]
+        row["img/s, last epoch"] = round(statistics.median(rates), 1) if all(rates) else ""
+    options = f"{args.model}, {args.epochs} epochs, {args.seeds} seeds"
     return {"options": f"{options}, {args.workers} worker processes", "rows": rows}
 
 

@@ -1,7 +1,7 @@
 """The plain way of most tutorials, for benchmark.py to compare with: torchvision's network and
 transforms on PIL pictures, a DataLoader, float32, and in training batch norm in train mode.
 
-    python plain.py train DIR WEIGHTS MODEL EPOCHS SEED WORKERS
+    python plain.py train DIR WEIGHTS MODEL LAYERS EPOCHS SEED WORKERS
     python plain.py classify DIR WEIGHTS MODEL WORKERS
     python plain.py classify IMAGE WEIGHTS MODEL 0
 
@@ -10,6 +10,7 @@ Prints one JSON object. No part of the project uses it.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt  # noqa: F401 (as such scripts do, to show the picture)
@@ -37,8 +38,8 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(picture), self.labels[index]
 
 
-def train(data_path, weights, model_name, epochs, seed, workers):
-    """Train `fc` alone."""
+def train(data_path, weights, model_name, layers, epochs, seed, workers):
+    """Train `fc` alone (layers "fc") or all of them ("all"), from nothing if weights is ""."""
     epochs, seed = int(epochs), int(seed)
     torch.manual_seed(seed)
     train_paths, train_labels, val_paths, val_labels = read_split_data(data_path, seed=seed)
@@ -53,28 +54,32 @@ def train(data_path, weights, model_name, epochs, seed, workers):
     )
 
     model = getattr(torchvision.models, model_name)(num_classes=len(set(train_labels)))
-    state = torch.load(weights, weights_only=True)
-    own = model.state_dict()
-    state = {k: v for k, v in state.items() if v.shape == own[k].shape}
-    model.load_state_dict(state, strict=False)
+    if weights:
+        state = torch.load(weights, weights_only=True)
+        own = model.state_dict()
+        state = {k: v for k, v in state.items() if v.shape == own[k].shape}
+        model.load_state_dict(state, strict=False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("fc."))
-    optimizer = torch.optim.SGD(model.fc.parameters(), 0.01, momentum=0.9, weight_decay=4e-5)
+        parameter.requires_grad_(layers == "all" or name.startswith("fc."))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, weight_decay=4e-5)
 
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(0.01, 0.1, epoch, epochs)
         model.train()
+        start = time.perf_counter()
         for images, labels in train_loader:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
+        rate = len(train_paths) / (time.perf_counter() - start)
         model.eval()
         correct = 0
         with torch.no_grad():
             for images, labels in val_loader:
                 correct += (model(images).argmax(1) == labels).sum().item()
-    return {"accuracy": correct / len(val_paths)}
+    return {"accuracy": correct / len(val_paths), "images_per_second": rate}
 
 
 def classify(place, weights, model_name, workers):

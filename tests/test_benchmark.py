@@ -22,9 +22,16 @@ def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys):
     report = run_benchmark(*words, "--epochs", 1, "--seeds", 1, "-j", 0, "--json")
     assert json.loads(capsys.readouterr().out) == report
     names = [row["name"] for row in report["rows"]]
-    assert names == ["plain.py", "train.py, first run", "train.py, again"]
-    first, again = report["rows"][1:]
+    fc = ["fc: plain.py", "fc: train.py, first run", "fc: train.py, again"]
+    assert names == [
+        *fc,
+        "all: plain.py",
+        *(f"all: train.py{name}" for name in benchmark.OURS["all"]),
+    ]
+    first, again = report["rows"][1:3]
     assert first["accuracy, last epoch"] == again["accuracy, last epoch"]
+    assert all(row["img/s, last epoch"] > 0 for row in report["rows"][3:])
+    assert [row["times faster"] for row in report["rows"] if "plain.py" in row["name"]] == [1, 1]
     assert all(row["seconds"] > 0 and row["peak MB"] > 100 for row in report["rows"])
 
 

@@ -125,6 +125,14 @@ def test_a_checkpoint_stands_alone(run_dir):
     assert file["preprocessing"]["resize"] == 256
     theirs = torchvision.models.shufflenet_v2_x0_5(num_classes=5)
     theirs.load_state_dict(file["model"])  # torchvision can use what we trained
+    assert all(value.is_contiguous() for value in file["model"].values())
+
+
+def test_training_computes_as_nhwc(run_dir):
+    state = torch.load(run_dir / "last.pth", weights_only=True)["optimizer"]["state"]
+    momenta = [each["momentum_buffer"] for each in state.values()]
+    (stem,) = (m for m in momenta if m.shape == (24, 3, 3, 3))
+    assert stem.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_tensorboard_gets_loss_accuracy_and_learning_rate(run_dir):
@@ -474,11 +482,11 @@ def test_a_damaged_picture_is_named_in_one_line_and_exit_code_1(shell, flowers, 
 # -- eval.py -------------------------------------------------------------------------------------
 
 
-def test_eval_repeats_the_accuracy_of_training_for_any_batch_size(flowers, tmp_path, run_dir):
+def test_eval_repeats_training_for_any_batch_size_and_threads(flowers, tmp_path, run_dir):
     best = torch.load(run_dir / "best.pth", weights_only=True)["metrics"]
-    for batch_size in (1, 3, 64):
+    for batch_size, threads in ((1, 0), (3, 4), (64, 2)):
         out = tmp_path / f"out{batch_size}"
-        options = ["--output-dir", out, "--batch-size", batch_size, "-j", 0]
+        options = ["--output-dir", out, "--batch-size", batch_size, "-j", threads]
         result = run_eval("--data-path", flowers, "--weights", run_dir / "best.pth", *options)
         assert result["accuracy"] == best["val_accuracy"]
         assert result["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
