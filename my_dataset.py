@@ -67,13 +67,13 @@ class MyDataSet(Dataset):
         return torch.stack(images), torch.tensor(labels)
 
 
-def train_transform(preprocessing: dict) -> Callable[[Image.Image], Tensor]:
-    """Random crop of 8 to 100 % of the area and random mirroring; gives uint8 (3, crop, crop)."""
+def train_transform(size: int) -> Callable[[Image.Image], Tensor]:
+    """Random crop of 8 to 100 % of the area and random mirroring; gives uint8 (3, size, size)."""
     from torchvision import transforms  # a second of import that only training needs
 
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(preprocessing["crop"]),
+            transforms.RandomResizedCrop(size),
             transforms.RandomHorizontalFlip(),
             transforms.PILToTensor(),
         ]

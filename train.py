@@ -68,6 +68,10 @@ def build_parser() -> cli.Parser:
         "augmentation, and keep it in .cache/; other defaults then hold for --lr, --batch-size and "
         "--weight-decay: 0.03, 64, 0.1",
     )
+    cli.add_switch(
+        network, "freeze-bn", False,
+        "leave batch norm as the weights have it: its statistics, scale and shift",
+    )  # fmt: skip
     training = parser.add_argument_group("training")
     training.add_argument(
         "--epochs", type=cli.number(int, 1), default=30, metavar="N", help="passes over the data"
@@ -99,6 +103,19 @@ def build_parser() -> cli.Parser:
         metavar="DECAY",
         help="weight decay of SGD",
     )
+    training.add_argument(
+        "--label-smoothing", type=cli.number(float, 0, 1), default=0.0, metavar="SHARE",
+        help="how much of the truth is spread over all classes",
+    )  # fmt: skip
+    training.add_argument(
+        "--train-size", type=cli.number(int, 32, 1024), metavar="PIXELS",
+        help="side of the crops to train on, smaller is faster (when not said: 224, on which the "
+        "network is evaluated)",
+    )  # fmt: skip
+    training.add_argument(
+        "--patience", type=cli.number(int, 1), metavar="N",
+        help="stop when so many epochs have brought nothing better",
+    )  # fmt: skip
     training.add_argument(
         "--seed", type=cli.number(int, 0, 2**31), default=0, metavar="N",
         help="decides split, order, augmentation and fresh weights",
@@ -146,6 +163,11 @@ def main(args: argparse.Namespace) -> dict:
         state, resume_from = _load_state(resume_from, named)
         args = _options_of_run(args, state, resume_from)
     cached = args.freeze_layers and args.cache_features
+    if cached and args.train_size:
+        raise UsageError(
+            "--train-size: cached features are of whole pictures; leave it out, or add "
+            "--no-cache-features"
+        )
     if cached and not state:  # what the user typed wins
         vars(args).update({k: v for k, v in features.RECIPE.items() if k not in args.given})
     device = utils.choose_device(args.device)
@@ -178,6 +200,10 @@ def main(args: argparse.Namespace) -> dict:
         if not args.weights:
             notice("--freeze-layers without --weights: the frozen layers hold random weights")
     # As convolutions prefer it: a third more pictures a second on a CPU.
+    if args.freeze_bn:
+        utils.freeze_batch_norm(model)
+        if not args.weights:
+            notice("--freeze-bn without --weights: batch norm stays without effect")
     model.to(device, memory_format=torch.channels_last)
 
     # What is trained, and on what.
@@ -190,7 +216,8 @@ def main(args: argparse.Namespace) -> dict:
     else:
         learner = model
         options = {"batch_size": args.batch_size, "workers": args.workers, "bad": bad}
-        train_set = MyDataSet(*train, train_transform(preprocessing), args.seed)
+        size = args.train_size or preprocessing["crop"]
+        train_set = MyDataSet(*train, train_transform(size), args.seed)
         val_set = MyDataSet(*val, eval_transform(preprocessing))
         train_loader = DeviceLoader(train_set, device, preprocessing, shuffle=True, **options)
         val_loader = DeviceLoader(val_set, device, preprocessing, **options)
@@ -249,6 +276,9 @@ def main(args: argparse.Namespace) -> dict:
             notice(f"all {args.epochs} epochs are done; --epochs N with a larger N trains on")
 
         for epoch in range(len(history), args.epochs):
+            if args.patience and best and epoch - best["epoch"] >= args.patience:
+                notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
+                break
             # Each epoch has its own seed, so a run that goes on draws what it would have drawn.
             utils.set_seed(args.seed + epoch)
             lr = utils.cosine_lr(args.lr, args.lrf, epoch, args.epochs)
@@ -258,7 +288,8 @@ def main(args: argparse.Namespace) -> dict:
             try:
                 trained_for = utils.train_one_epoch(
                     learner, optimizer, train_loader, device, epoch,
-                    scaler=scaler, position=position, **common,
+                    scaler=scaler, position=position, label_smoothing=args.label_smoothing,
+                    **common,
                 )  # fmt: skip
                 position = trained_for["position"]
                 title = f"epoch {epoch + 1} validation"

@@ -72,6 +72,13 @@ def freeze_layers(model: nn.Module) -> None:
         parameter.requires_grad_(name.startswith("fc."))
 
 
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Leave batch norm as it is: statistics, scale and shift."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+
+
 def set_train_mode(model: nn.Module) -> None:
     """Train mode for what is trained, eval mode for what is frozen: batch norm would otherwise
     move its statistics, and the "frozen" layers with them."""
@@ -103,6 +110,7 @@ def train_one_epoch(
     *,
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    label_smoothing: float = 0.0,
     position: dict | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict:
@@ -117,6 +125,8 @@ def train_one_epoch(
         epoch: counted from 0; decides order and augmentation.
         amp: dtype of autocast, None for float32.
         scaler: for float16; it keeps its scale from epoch to epoch.
+        label_smoothing: how much of the truth is spread over all classes, 0 to 1 (Szegedy et al.,
+            arXiv:1512.00567, section 7).
         position: go on with an epoch that was stopped, from what `Stopped` told.
         stop: asked after every step.
 
@@ -162,7 +172,7 @@ def train_one_epoch(
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images)  # (N, classes)
-                loss = nn.functional.cross_entropy(logits, labels)
+                loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)

@@ -38,7 +38,7 @@ def paths(tmp_path) -> list[str]:
 
 def loader_of(paths: list[str], *, seed=0, workers=0, shuffle=True, transform=None) -> DeviceLoader:
     """Return a loader of batches of three in which the class is the index of the picture."""
-    data = MyDataSet(paths, range(len(paths)), transform or train_transform(SMALL), seed)
+    data = MyDataSet(paths, range(len(paths)), transform or train_transform(SMALL["crop"]), seed)
     return DeviceLoader(data, CPU, SMALL, batch_size=3, workers=workers, shuffle=shuffle)
 
 
@@ -116,7 +116,7 @@ def test_training_augments_as_the_tutorial_does():
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
-    ours = train_transform(PREPROCESSING)
+    ours = train_transform(PREPROCESSING["crop"])
     for seed in range(6):
         picture = noise(300, 241, seed)
         torch.manual_seed(seed)
@@ -128,7 +128,7 @@ def test_training_augments_as_the_tutorial_does():
 
 
 def test_fetching_an_item_leaves_the_global_random_state_alone(paths):
-    data = MyDataSet(paths, [0] * 7, train_transform(SMALL), seed=0)
+    data = MyDataSet(paths, [0] * 7, train_transform(SMALL["crop"]), seed=0)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -138,7 +138,7 @@ def test_fetching_an_item_leaves_the_global_random_state_alone(paths):
 
 
 def test_without_a_seed_the_global_random_state_decides(paths):
-    data = MyDataSet(paths, [0] * 7, train_transform(SMALL))
+    data = MyDataSet(paths, [0] * 7, train_transform(SMALL["crop"]))
     torch.manual_seed(5)
     first, second = data[0][0], data[0][0]
     assert not torch.equal(first, second)
@@ -150,7 +150,9 @@ def test_augmentation_differs_between_pictures_epochs_and_seeds(tmp_path):
     noise(50, 50).save(tmp_path / "a.png")
     items = []
     for seed in (0, 1, -1):
-        data = MyDataSet([str(tmp_path / "a.png")] * 2, [0, 0], train_transform(SMALL), seed)
+        data = MyDataSet(
+            [str(tmp_path / "a.png")] * 2, [0, 0], train_transform(SMALL["crop"]), seed
+        )
         for epoch in (0, 1):
             data.epoch.fill_(epoch)
             items += [data[0][0], data[1][0]]

@@ -319,6 +319,36 @@ def test_the_first_of_equally_good_epochs_is_the_best(flowers, tmp_path, monkeyp
     assert (summary["best_epoch"], summary["best_accuracy"]) == (1, 0.5)
 
 
+def test_training_may_be_smaller_than_evaluating(flowers, tmp_path, monkeypatch):
+    import model
+
+    seen, forward = set(), model.ShuffleNetV2.forward
+    spy = lambda self, x: seen.add((self.training, x.shape[-1])) or forward(self, x)  # noqa: E731
+    monkeypatch.setattr(model.ShuffleNetV2, "forward", spy)
+    run_train(*small(flowers, tmp_path / "out", "--epochs", 1, "--train-size", 96))
+    assert seen == {(True, 96), (False, 224)}
+    assert checkpoint.load(tmp_path / "out" / "best.pth")["preprocessing"]["crop"] == 224
+    with pytest.raises(UsageError, match="--train-size: cached features are of whole pictures"):
+        run_train(*small(flowers, tmp_path / "two", "--freeze-layers", "--train-size", 96))
+
+
+def test_patience_ends_a_run_that_gets_no_better(flowers, tmp_path, capsys):
+    options = ["--epochs", 9, "--lr", 1e-9, "--patience", 2]
+    assert run_train(*small(flowers, tmp_path / "out", *options))["epochs"] == 3
+    assert "stopped: nothing better for 2 epochs" in capsys.readouterr().err
+    assert run_train("--resume", tmp_path / "out")["epochs"] == 3  # also when it goes on
+
+
+def test_frozen_batch_norm_is_that_of_the_weights(flowers, tmp_path, torchvision_file):
+    options = ["--weights", torchvision_file, "--freeze-bn", "--epochs", 1]
+    run_train(*small(flowers, tmp_path / "out", *options))
+    start = torch.load(torchvision_file, weights_only=True)
+    after = torch.load(tmp_path / "out" / "best.pth", weights_only=True)["model"]
+    for key in ("conv1.1.running_mean", "conv1.1.weight", "stage4.3.branch2.6.running_var"):
+        assert torch.equal(after[key], start[key]), key
+    assert not torch.equal(after["conv1.0.weight"], start["conv1.0.weight"])
+
+
 def test_the_options_are_those_of_the_contract():
     args = train.build_parser().parse_args([])
     assert (args.epochs, args.batch_size, args.lr, args.lrf) == (30, 16, 0.01, 0.1)

@@ -23,7 +23,9 @@ PREPROCESSING = default_preprocessing("shufflenet_v2_x0_5")
 @pytest.fixture
 def loader(flowers):
     train, _ = split_pictures(flowers, 0.25, 0)
-    dataset = MyDataSet(*with_labels(train, list(train)), train_transform(PREPROCESSING), seed=0)
+    dataset = MyDataSet(
+        *with_labels(train, list(train)), train_transform(PREPROCESSING["crop"]), seed=0
+    )
     return DeviceLoader(dataset, CPU, PREPROCESSING, batch_size=8, workers=0, shuffle=True)
 
 
@@ -58,6 +60,29 @@ def test_an_epoch_is_the_plain_loop_written_out(network, loader):
     assert result["loss"] == pytest.approx(losses / 30, rel=1e-6)
     assert result["accuracy"] == pytest.approx(correct / 30)
     assert result["images_per_second"] > 0
+
+
+def test_label_smoothing_spreads_a_share_of_the_truth_over_all_classes(network, loader):
+    plain = copy.deepcopy(network).train()
+    # Large enough a batch that the loss of the only step is that of the network as it was.
+    loader = DeviceLoader(loader.dataset, CPU, PREPROCESSING, batch_size=64, workers=0)
+    result = utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=0, label_smoothing=0.3)
+    loader.set_epoch(0)
+    ((images, labels),) = loader
+    log_p = plain(images).detach().double().log_softmax(1)  # (30,5)
+    truth = 0.7 * nn.functional.one_hot(labels, 5) + 0.3 / 5
+    assert result["loss"] == pytest.approx(-(truth * log_p).sum(1).mean().item(), rel=1e-5)
+
+
+def test_frozen_batch_norm_does_not_move(network, loader):
+    before = copy.deepcopy(network.state_dict())
+    utils.freeze_batch_norm(network)
+    utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=0)
+    for name, module in network.named_modules():
+        for key, value in module.state_dict(prefix=f"{name}.").items():
+            if isinstance(module, nn.BatchNorm2d):
+                assert torch.equal(value, before[key]), key
+    assert not torch.equal(network.fc.weight, before["fc.weight"])
 
 
 def test_the_loop_of_the_tutorial_works(flowers, network):
