@@ -4,6 +4,7 @@ Train, eval and predict all read pictures through `load_rgb` and, but for the au
 training, through `resize_and_crop`. No torch here: an exported network needs none.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def load_rgb(path: str | Path) -> Image.Image:
             JPEG, PNG, WebP, BMP, GIF and TIFF.
     """
     try:
+        _check_kind(path)
         with Image.open(path, formats=FORMATS) as image:
             _check_size(image)
             _check_scans(image, path)
@@ -102,6 +104,7 @@ def check_header(path: str | Path) -> None:
     """Raise ImageError if `load_rgb` would refuse a picture for what its first bytes say. Reads
     these alone, so that a thousand pictures take a fraction of a second."""
     try:
+        _check_kind(path)
         with Image.open(path, formats=FORMATS) as image:
             _check_size(image)
     except Exception as error:
@@ -114,6 +117,11 @@ def _check_scans(image: Image.Image, path: str | Path) -> None:
         scans = Path(path).read_bytes().count(b"\xff\xda")
         if scans > MAX_SCANS:
             raise ValueError(f"a JPEG of {scans} scans, over {MAX_SCANS}")
+
+
+def _check_kind(path: str | Path) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("not a file")  # a named pipe would be waited for, without an end
 
 
 def _check_size(image: Image.Image) -> None:

@@ -69,4 +69,5 @@ def stream(
         while waiting:
             yield from waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Whoever stops here waits for no thread: one may hang on a disk that does not answer.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -273,7 +273,7 @@ def test_what_is_no_picture_is_refused_with_the_reason(tmp_path):
     (tmp_path / "text.jpg").write_text("a shopping list\n" * 100)
     assert "not a picture" in refusal(tmp_path / "text.jpg")
     assert refusal(tmp_path / "missing.jpg") == os.strerror(errno.ENOENT)
-    assert refusal(tmp_path) == os.strerror(errno.EISDIR)
+    assert refusal(tmp_path) == "not a file"
 
 
 def test_a_line_break_in_the_name_leaves_the_message_one_line_that_names_the_file(tmp_path):
@@ -303,6 +303,13 @@ def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path, more):
     else:
         with pytest.raises(ImageError, match=r"a JPEG of 110 scans, over 64"):
             load_rgb(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("read", [load_rgb, image.check_header])
+def test_a_named_pipe_is_refused_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match=r"a\.jpg: not a file"):
+        read(tmp_path / "a.jpg")
 
 
 def test_a_picture_without_width_or_height_is_refused(tmp_path):
