@@ -30,7 +30,8 @@ def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys):
     ]
     first, again = report["rows"][1:3]
     assert first["accuracy, last epoch"] == again["accuracy, last epoch"]
-    assert all(row["img/s, last epoch"] > 0 for row in report["rows"][3:])
+    rates = [row["img/s, last epoch"] for row in report["rows"]]
+    assert (rates[1:3], min(rates[0], *rates[3:]) > 0) == (["", ""], True)
     assert [row["times faster"] for row in report["rows"] if "plain.py" in row["name"]] == [1, 1]
     assert all(row["seconds"] > 0 and row["peak MB"] > 100 for row in report["rows"])
 
