@@ -30,15 +30,7 @@ KINDS = {
     "all layers": [],
     "all layers, two workers": ["--workers", "2"],
     "all layers, --amp": ["--amp"],
-    "all layers, more options": [
-        "--freeze-bn",
-        "--train-size",
-        "96",
-        "--label-smoothing",
-        "0.1",
-        "--patience",
-        "4",
-    ],
+    "all layers, more options": ["--freeze-bn", "--train-size", "96", "--patience", "4"],
     "cached features": ["--freeze-layers", "--batch-size", "8"],
 }
 EPOCHS = 5

@@ -104,10 +104,6 @@ def build_parser() -> cli.Parser:
         help="weight decay of SGD",
     )
     training.add_argument(
-        "--label-smoothing", type=cli.number(float, 0, 1), default=0.0, metavar="SHARE",
-        help="how much of the truth is spread over all classes",
-    )  # fmt: skip
-    training.add_argument(
         "--train-size", type=cli.number(int, 32, 1024), metavar="PIXELS",
         help="side of the crops to train on, smaller is faster (when not said: 224, on which the "
         "network is evaluated)",
@@ -288,8 +284,7 @@ def main(args: argparse.Namespace) -> dict:
             try:
                 trained_for = utils.train_one_epoch(
                     learner, optimizer, train_loader, device, epoch,
-                    scaler=scaler, position=position, label_smoothing=args.label_smoothing,
-                    **common,
+                    scaler=scaler, position=position, **common,
                 )  # fmt: skip
                 position = trained_for["position"]
                 title = f"epoch {epoch + 1} validation"

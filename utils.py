@@ -110,7 +110,6 @@ def train_one_epoch(
     *,
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    label_smoothing: float = 0.0,
     position: dict | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict:
@@ -125,8 +124,6 @@ def train_one_epoch(
         epoch: counted from 0; decides order and augmentation.
         amp: dtype of autocast, None for float32.
         scaler: for float16; it keeps its scale from epoch to epoch.
-        label_smoothing: how much of the truth is spread over all classes, 0 to 1 (Szegedy et al.,
-            arXiv:1512.00567, section 7).
         position: go on with an epoch that was stopped, from what `Stopped` told.
         stop: asked after every step.
 
@@ -172,7 +169,7 @@ def train_one_epoch(
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images)  # (N, classes)
-                loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+                loss = nn.functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
