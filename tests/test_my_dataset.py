@@ -207,9 +207,9 @@ def test_batches_are_normalised_floats_and_the_last_is_smaller(paths):
     assert torch.equal(torch.cat([images for images, _ in batches]), expected)
 
 
-@pytest.mark.parametrize("make", [train_transform, eval_transform])
-def test_a_data_set_can_be_pickled_for_worker_processes(paths, make):
-    data = MyDataSet(paths, range(7), make(SMALL), seed=3)
+@pytest.mark.parametrize("transform", [train_transform(SMALL["crop"]), eval_transform(SMALL)])
+def test_a_data_set_can_be_pickled_for_worker_processes(paths, transform):
+    data = MyDataSet(paths, range(7), transform, seed=3)
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy[4][0], data[4][0])
     assert copy[4][1] == 4
