@@ -21,6 +21,7 @@ import re
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from reprlib import repr  # short, also of a list that holds a list twice, that ...
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
     weights = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UsageError(f"{path}: {name!r} is no tensor; expected a state dict")
+            raise UsageError(f"{path}: {repr(name)} is no tensor; expected a state dict")
         if not _is_plain(value):
             raise UsageError(f"{path}: {name} is not stored as it is, value by value")
         if value.is_floating_point() and not value.isfinite().all():
@@ -253,7 +254,8 @@ def _own_fields(file: dict, path: str | Path) -> Classifier:
         model = build_model(file["model_name"], len(classes))
     except ValueError as error:
         raise RunError(f"{path}: {error}") from None
-    return Classifier(model, file["model_name"], classes, preprocessing, file["args"])
+    args = {k: v for k, v in file["args"].items() if isinstance(v, str | float | int | None)}
+    return Classifier(model, file["model_name"], classes, preprocessing, args)
 
 
 def _variant_of(weights: dict[str, Tensor]) -> str | None:

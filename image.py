@@ -7,6 +7,7 @@ training, through `resize_and_crop`. No torch here: an exported network needs no
 import os
 import warnings
 from pathlib import Path
+from reprlib import repr  # of a list that holds a list twice, that ...: built-in, it never ends
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -61,10 +62,12 @@ def check_preprocessing(preprocessing: object, source: str | Path) -> None:
     values = preprocessing if isinstance(preprocessing, dict) else {}
     resize, crop = values.get("resize"), values.get("crop")
     if not (isinstance(resize, int) and isinstance(crop, int) and 1 <= crop <= resize <= 4096):
-        raise RunError(f"{source}: resize {resize!r} and crop {crop!r} are not 1 <= crop <= resize")
+        raise RunError(
+            f"{source}: resize {repr(resize)} and crop {repr(crop)} are not 1 <= crop <= resize"
+        )
     colours = [values.get("mean"), values.get("std")]
     if not all(isinstance(c, list) and len(c) == 3 and all(map(_positive, c)) for c in colours):
-        raise RunError(f"{source}: mean {colours[0]!r} and std {colours[1]!r} are no colours")
+        raise RunError(f"{source}: mean and std {repr(colours)} are no colours")
 
 
 def _positive(value: object) -> bool:

@@ -11,6 +11,7 @@ and, last, one JSON object.
 import argparse
 import json
 import math
+import reprlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,7 +188,8 @@ def main(args: argparse.Namespace) -> dict:
     model = build_model(args.model, len(classes))
     if state:
         if state.get("classes") != classes:
-            raise UsageError(f"{resume_from} was trained on {state.get('classes')}, not {classes}")
+            was = reprlib.repr(state.get("classes"))
+            raise UsageError(f"{resume_from} was trained on {was}, not {classes}")
         checkpoint.load_weights(model, checkpoint.state_dict_of(state, resume_from), resume_from)
     elif weights:
         _load_weights(model, weights, classes)
@@ -413,7 +415,8 @@ def _options_of_run(args: argparse.Namespace, state: dict, path: Path) -> argpar
         if now[name] != old.get(name):
             raise UsageError(
                 f"--{name.replace('_', '-')} {now[name]}: the run of {path} began with "
-                f"{old.get(name)} and goes on with it; leave the option out, or start a new run"
+                f"{reprlib.repr(old.get(name))} and goes on with it; leave the option out, or "
+                "start a new run"
             )
     merged = now | old | {name: now[name] for name in args.given}
     merged["output_dir"] = args.output_dir or str(path.parent)

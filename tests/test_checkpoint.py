@@ -187,6 +187,26 @@ def test_nothing_in_a_file_is_ever_run(tmp_path, monkeypatch, write):
     assert os.listdir(tmp_path) == ["evil.pth"]
 
 
+@pytest.mark.parametrize("field", ["model_name", "classes", "preprocessing", "args", "resize"])
+def test_a_list_that_doubles_again_and_again_is_soon_refused(tmp_path, network, field):
+    """A few hundred bytes whose text would have 2^60 words."""
+    doubled = ["ha"]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    file = ours(network)
+    if field == "resize":
+        file["preprocessing"] = file["preprocessing"] | {"resize": doubled}
+    else:
+        file[field] = {"a": doubled} if field == "args" else doubled
+    torch.save(file, tmp_path / "laugh.pth")
+    if field == "args":
+        assert checkpoint.load_classifier(tmp_path / "laugh.pth").args == {}
+    else:
+        with pytest.raises(RunError, match=r"laugh\.pth: ") as info:
+            checkpoint.load_classifier(tmp_path / "laugh.pth")
+        assert len(str(info.value)) < 2000
+
+
 def test_a_file_that_would_fill_the_memory_is_refused(tmp_path):
     torch.save({"fc.weight": torch.zeros(10**7)}, tmp_path / "plain.pth")
     with (
