@@ -19,7 +19,6 @@ import json
 import os
 import re
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from reprlib import repr  # short, also of a list that holds a list twice, that ...
 from typing import NamedTuple
@@ -56,7 +55,7 @@ def load(path: str | Path) -> dict:
         FileNotFoundError: no such file.
     """
     try:
-        _check_unpacked_size(path)
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -70,15 +69,18 @@ def load(path: str | Path) -> dict:
     return state
 
 
-def _check_unpacked_size(path: str | Path) -> None:
-    """Archives of torch are not compressed; one that grows when unpacked could fill the memory."""
-    with (
-        suppress(zipfile.BadZipFile),
-        zipfile.ZipFile(path) as archive,
-    ):  # an older format is no zip
+def _check_archive(path: str | Path) -> None:
+    """Raise an error if a bit of the archive is another than was written, or if it grows when
+    unpacked, which those of torch do not: it could fill the memory."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":  # of an older format
+            return
+    with zipfile.ZipFile(path) as archive:
         unpacked, size = sum(e.file_size for e in archive.infolist()), os.path.getsize(path)
         if unpacked > size:
             raise ValueError(f"{size:,} bytes that unpack to {unpacked:,}")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is not what was written")
 
 
 def _reason(error: Exception) -> str:

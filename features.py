@@ -87,7 +87,8 @@ def cached_features(
         try:
             features = _reserve(temporary, shape)
             _fill(features, model, paths, preprocessing, device, threads, bad, amp)
-            if not isinstance(features, np.memmap):
+            # With pictures that cannot be read nothing is kept, so that the next run names them.
+            if not isinstance(features, np.memmap) or np.isnan(features[:, 0]).any():
                 return features
             features.flush()
             os.replace(temporary, file)

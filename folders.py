@@ -94,7 +94,11 @@ def pictures_below(folder: str, others: Counter) -> list[str]:
             if name.startswith("."):
                 continue
             if suffix in SUFFIXES:
-                found.append(os.path.join(here, name))
+                place = os.path.join(here, name)
+                if os.path.isfile(place):
+                    found.append(place)
+                else:
+                    others["links that lead nowhere, pipes and the like"] += 1
             else:
                 others[suffix or "without a suffix"] += 1
     return sorted(found)

@@ -61,7 +61,7 @@ def check_preprocessing(preprocessing: object, source: str | Path) -> None:
     """Raise RunError unless it is as `default_preprocessing` returns it; `source` says whence."""
     values = preprocessing if isinstance(preprocessing, dict) else {}
     resize, crop = values.get("resize"), values.get("crop")
-    if not (isinstance(resize, int) and isinstance(crop, int) and 1 <= crop <= resize <= 4096):
+    if not (isinstance(resize, int) and isinstance(crop, int) and 1 <= crop <= resize <= 1024):
         raise RunError(
             f"{source}: resize {repr(resize)} and crop {repr(crop)} are not 1 <= crop <= resize"
         )
@@ -115,8 +115,8 @@ def check_header(path: str | Path) -> None:
 
 
 def _check_scans(image: Image.Image, path: str | Path) -> None:
-    # Each pass of a progressive JPEG goes over all its pixels, but needs only a dozen bytes.
-    if image.info.get("progressive"):
+    # Each scan of a JPEG may go over all its pixels, but needs only a dozen bytes.
+    if image.format == "JPEG":
         scans = Path(path).read_bytes().count(b"\xff\xda")
         if scans > MAX_SCANS:
             raise ValueError(f"a JPEG of {scans} scans, over {MAX_SCANS}")

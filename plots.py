@@ -80,8 +80,8 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: 
     if n <= MOST_NAMES:
         names, size = [short(name) for name in classes], 6 if large else 10
         turn = {"rotation": 90} if large else {"rotation": 45, "ha": "right"}
-        axes.set_xticks(range(n), names, fontsize=size, **turn)
-        axes.set_yticks(range(n), names, fontsize=size)
+        axes.set_xticks(range(n), names, fontsize=size, parse_math=False, **turn)
+        axes.set_yticks(range(n), names, fontsize=size, parse_math=False)
         place = {"ha": "center", "va": "center", "fontsize": 4.5 if large else 10}
         for row, column in np.argwhere(confusion):
             colour = "white" if shares[row, column] > 0.5 else "black"

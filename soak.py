@@ -87,7 +87,9 @@ def _train_under_fire(
         moment = time.perf_counter() + rng.uniform(0, 0.7 * seconds)
         in_a_write = rng.random() < 0.3  # from that moment on, wait for a checkpoint to be written
         while process.poll() is None and counts["kills"] < most:
-            if time.perf_counter() > moment and (not in_a_write or list(folder.glob(".*.pth.*"))):
+            if time.perf_counter() > moment and (
+                not in_a_write or list(folder.glob(f".*.pth.{process.pid}.*"))
+            ):
                 process.send_signal(signal.SIGKILL if in_a_write else rng.choice(SIGNALS))
                 counts["kills"] += 1
                 counts["in_a_write"] += in_a_write

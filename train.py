@@ -468,8 +468,10 @@ def _state_of_head(head: "nn.Module", loader: "FeatureLoader") -> dict:
 
 def _bring(resumed: Path, output_dir: Path, history: list[dict]) -> None:
     """Make the folder of a resumed run what it was after its last epoch."""
-    from files import replacing, save_rows
+    from files import keep_previous, replacing, save_rows
 
+    if resumed.name == "previous.pth":  # last.pth is damaged: it must not become the previous one
+        keep_previous(resumed, output_dir / "last.pth")
     save_rows(history, output_dir / "metrics.csv")
     best = resumed.with_name("best.pth")
     if best.exists() and not (output_dir / "best.pth").exists():  # the run moves here

@@ -220,6 +220,15 @@ def test_a_file_that_would_fill_the_memory_is_refused(tmp_path):
         checkpoint.load(tmp_path / "bomb.pth")
 
 
+def test_a_single_bit_that_changed_is_noticed(tmp_path, network):
+    checkpoint.save(ours(network), tmp_path / "best.pth")
+    data = bytearray((tmp_path / "best.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "best.pth").write_bytes(data)
+    with pytest.raises(RunError, match="is not what was written"):
+        checkpoint.load(tmp_path / "best.pth")
+
+
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -193,6 +193,22 @@ def test_a_second_run_is_refused_until_the_first_is_killed(flowers, tmp_path):
     assert run_train("--resume", tmp_path / "out")["epochs"] == epochs
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(run_dir, tmp_path, monkeypatch):
+    """Resumed from the one before, and stopped by a full disk at the next checkpoint."""
+    shutil.copytree(run_dir, tmp_path / "out")
+    (tmp_path / "out" / "last.pth").write_bytes(b"damaged")
+    good = (tmp_path / "out" / "previous.pth").read_bytes()
+
+    def fail(state, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run_train("--resume", tmp_path / "out")
+    assert (tmp_path / "out" / "last.pth").read_bytes() == good
+    assert (tmp_path / "out" / "previous.pth").read_bytes() == good
+
+
 def test_metrics_of_a_run_killed_before_it_wrote_them_are_made_up(tmp_path, run_dir):
     shutil.copytree(run_dir, tmp_path / "out")
     (tmp_path / "out" / "metrics.csv").unlink()

@@ -99,6 +99,8 @@ def test_symlink_loops_end_and_linked_folders_are_followed(tmp_path):
     (rose / "b/other").symlink_to(rose / "a")
     (rose / "linked").symlink_to(tmp_path / "elsewhere")
     (rose / "nowhere").symlink_to(tmp_path / "missing")
+    (rose / "nowhere.jpg").symlink_to(tmp_path / "missing.jpg")
+    os.mkfifo(rose / "pipe.jpg")
     found = find_pictures(tmp_path / "flowers")["rose"]
     assert found == [first, f"{rose}/linked/2.jpg"]
 

@@ -35,6 +35,7 @@ def test_curves(tmp_path, epochs):
 @pytest.mark.parametrize("count", [2, 5, 102])
 def test_confusion_matrix_names_every_class_and_overlaps_none(tmp_path, count):
     names = [f"class number {i}" for i in range(count)]
+    names[0] = "$x^{$"  # a name, no formula
     confusion = np.eye(count, dtype=int) * 7
     confusion[0, 1] = 3
     figure = plots.draw_confusion_matrix(confusion, names, "title")
