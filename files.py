@@ -67,6 +67,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise UsageError(
                 f"--output-dir {folder}: another run writes there now; name another folder"
             ) from None
+        for left in folder.glob(".*.pth.*.tmp"):  # by a run that was killed in a write
+            left.unlink(missing_ok=True)
         yield
 
 

@@ -263,6 +263,8 @@ def main(args: argparse.Namespace) -> dict:
         }
 
     with locked(output_dir), cli.deferred_signals() as stopped:
+        if not state and (output_dir / "last.pth").exists():  # of a run that was faster
+            raise UsageError(_HOLDS_A_RUN.format(output_dir))
         save_json(saved_args, output_dir / "args.json")
         names = {str(index): name for index, name in enumerate(classes)}
         save_json(names, output_dir / "class_indices.json")
@@ -365,6 +367,9 @@ _TO_RESUME = {
 }  # in last.pth beside best.pth's
 
 
+_HOLDS_A_RUN = "--output-dir {}: holds a run; add --resume to go on with it, or name another folder"
+
+
 def _check_paths(args: argparse.Namespace) -> tuple[Path | None, bool]:
     """Refuse what cannot work; returns the last.pth to go on from, and whether the user named this
     very file."""
@@ -375,10 +380,7 @@ def _check_paths(args: argparse.Namespace) -> tuple[Path | None, bool]:
         if args.weights not in ("", "imagenet"):
             cli.require_path(args.weights, "--weights")
         if last and last.exists():
-            raise UsageError(
-                f"--output-dir {args.output_dir}: holds a run; add --resume to go on with it, or "
-                "name another folder"
-            )
+            raise UsageError(_HOLDS_A_RUN.format(args.output_dir))
         return None, False
 
     resume_from = Path(args.resume) if args.resume else last or cli.newest_run("last.pth")

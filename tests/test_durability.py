@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, doubled, or given damaged files."""
 
+import contextlib
 import csv
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 import checkpoint
 import eval as evaluate_script
 import features
+import files
 import soak
 import train
 from cli import RunError, UsageError
@@ -191,6 +193,28 @@ def test_a_second_run_is_refused_until_the_first_is_killed(flowers, tmp_path):
     state["args"]["epochs"] = epochs
     checkpoint.save(state, tmp_path / "out" / "last.pth")
     assert run_train("--resume", tmp_path / "out")["epochs"] == epochs
+
+
+def test_a_run_that_another_overtook_does_not_write_over_it(flowers, tmp_path, monkeypatch):
+    lock = files.locked
+
+    @contextlib.contextmanager
+    def late(folder):
+        (folder / "last.pth").write_bytes(b"of the other")
+        with lock(folder):
+            yield
+
+    monkeypatch.setattr(files, "locked", late)
+    with pytest.raises(UsageError, match="holds a run"):
+        run_train(*options(flowers, tmp_path / "out", "--epochs", 1))
+    assert (tmp_path / "out" / "last.pth").read_bytes() == b"of the other"
+
+
+def test_what_a_run_killed_in_a_write_left_is_removed(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "out")
+    (tmp_path / "out" / ".best.pth.123.tmp").write_bytes(b"half")
+    run_train("--resume", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(run_dir, tmp_path, monkeypatch):
