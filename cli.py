@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 # How threads of one process wait for each other; torch reads it when it is imported. Asleep, not
@@ -333,7 +334,12 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
     sys.exit(code)
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    while frame:
+        # An error that meets C++ while it is imported aborts the process with a message of its own.
+        if "importlib" in frame.f_code.co_filename:
+            os._exit(_fail("terminated", 128 + signum))
+        frame = frame.f_back
     raise Interrupted(signum, "terminated")
 
 
