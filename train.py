@@ -197,11 +197,11 @@ def main(args: argparse.Namespace) -> dict:
         utils.freeze_layers(model)
         if not args.weights:
             notice("--freeze-layers without --weights: the frozen layers hold random weights")
-    # As convolutions prefer it: a third more pictures a second on a CPU.
     if args.freeze_bn:
         utils.freeze_batch_norm(model)
         if not args.weights:
             notice("--freeze-bn without --weights: batch norm stays without effect")
+    # As convolutions prefer it: on a CPU a step alone takes a quarter less.
     model.to(device, memory_format=torch.channels_last)
 
     # What is trained, and on what.

@@ -294,6 +294,12 @@ def test_bad_pictures_are_named_once_and_passed_over(damaged, tmp_path, capsys, 
     assert summary["epochs"] == 3
 
 
+def test_cached_features_hide_no_bad_picture_from_the_next_run(damaged, tmp_path, capsys):
+    for name in ("one", "two"):
+        run_train(*options(damaged, tmp_path / name, "--epochs", 1, "--freeze-layers"))
+        assert "tulips_002.jpg: " in capsys.readouterr().err
+
+
 def test_fail_stops_at_the_first(damaged, tmp_path):
     more = ["--epochs", 1, "--on-bad-image", "fail"]
     with pytest.raises(OSError, match=r"roses_001\.jpg: not a picture"):

@@ -290,18 +290,18 @@ def test_a_small_file_that_claims_a_huge_picture_is_refused_by_its_header(tmp_pa
     assert "pixels" in refusal(tmp_path / "bomb.png")
 
 
-@pytest.mark.parametrize("more", [10, 100])
-def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path, more):
+@pytest.mark.parametrize(("progressive", "more"), [(True, 10), (True, 100), (False, 100)])
+def test_a_jpeg_of_many_scans_is_refused(tmp_path, progressive, more):
     """Its last scan again and again is still a picture, which takes the longer to read."""
     file = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(file, "JPEG", progressive=True)
+    Image.new("RGB", (64, 64), "red").save(file, "JPEG", progressive=progressive)
     data = file.getvalue()
     first, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
     (tmp_path / "a.jpg").write_bytes(data[:end] + data[first:end] * more + data[end:])
     if more == 10:
         assert load_rgb(tmp_path / "a.jpg").getpixel((9, 9)) == (254, 0, 0)
     else:
-        with pytest.raises(ImageError, match=r"a JPEG of 110 scans, over 64"):
+        with pytest.raises(ImageError, match=r"a JPEG of 1\d\d scans, over 64"):
             load_rgb(tmp_path / "a.jpg")
 
 
