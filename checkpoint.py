@@ -29,7 +29,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from cli import RunError, UsageError, notice
 from files import replacing
-from image import check_classes, check_preprocessing, default_preprocessing
+from image import check_classes, check_preprocessing, default_preprocessing, is_name
 from model import VARIANTS, build_model
 
 HEAD = ("fc.weight", "fc.bias")
@@ -105,7 +105,7 @@ def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UsageError(f"{path}: {repr(name)} is no tensor; expected a state dict")
-        if not _is_plain(value):
+        if not is_plain(value):
             raise UsageError(f"{path}: {name} is not stored as it is, value by value")
         if value.is_floating_point() and not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite")
@@ -115,7 +115,7 @@ def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def _is_plain(value: Tensor) -> bool:
+def is_plain(value: Tensor) -> bool:
     """Neither sparse, quantized or without values, nor a few bytes that claim to be many."""
     dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
@@ -176,7 +176,8 @@ def imagenet_weights(model_name: str) -> tuple[dict[str, Tensor], str]:
 
     Raises:
         UsageError: none are published for this network.
-        RunError: they cannot be downloaded; the message says which file to put where.
+        RunError: they cannot be downloaded, and the message says which file to put where; or the
+            file from an earlier time is damaged.
     """
     import socket
 
@@ -187,20 +188,23 @@ def imagenet_weights(model_name: str) -> tuple[dict[str, Tensor], str]:
             f"--weights imagenet: torchvision publishes none for {model_name}, only for "
             "shufflenet_v2_x0_5, _x1_0, _x1_5 and _x2_0"
         )
-    weights = get_model_weights(model_name).IMAGENET1K_V1
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        options = {"check_hash": True, "weights_only": True, "map_location": "cpu"}
-        return weights.get_state_dict(progress=True, **options), weights.url
-    except Exception as error:  # no network, a wrong hash, or a damaged file from an earlier time
-        place = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
-        raise RunError(
-            f"cannot get {weights.url} ({_reason(error)}); fetch it by other means and put it "
-            f"at {place}, or pass it with --weights FILE"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+    url = get_model_weights(model_name).IMAGENET1K_V1.url
+    place = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not place.exists():
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            start_of_hash = place.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(url, str(place), start_of_hash)
+        except Exception as error:  # no network, or a wrong hash
+            raise RunError(
+                f"cannot get {url} ({_reason(error)}); fetch it by other means and put it at "
+                f"{place}, or pass it with --weights FILE"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    return state_dict_of(load(place), place), url
 
 
 class Classifier(NamedTuple):
@@ -307,8 +311,11 @@ def read_class_indices(path: str | Path) -> list[str]:
     """
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [str(table[str(index)]) for index in range(len(table))]
-    except (ValueError, KeyError, TypeError) as error:
+        names = [table[str(index)] for index in range(len(table))]
+        if not all(map(is_name, names)):
+            raise ValueError("a name is no text")
+        return names
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f'{path}: expected {{"0": "NAME", "1": ...}} without a gap ({error!r})'
         ) from None

@@ -4,9 +4,9 @@ Standard library only, so that `--help` and a wrong path answer before torch is 
 """
 
 import argparse
-import io
 import os
 import re
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 # How threads of one process wait for each other; torch reads it when it is imported. Asleep, not
 # spinning: beside any other busy process, spinning made training here ten times slower.
@@ -78,16 +78,15 @@ def notice(text: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that prints defaults in `--help`, answers a mistake with one line and
-    exit code 2, and notes in `args.given` which options the user typed."""
+    """An argument parser that prints defaults in `--help`, raises UsageError for a mistake, and
+    notes in `args.given` which options the user typed."""
 
     def __init__(self, **kwargs) -> None:
         kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {printable(message)} (see --help)", file=sys.stderr)
-        sys.exit(2)
+        raise UsageError(f"{message} (see --help)")
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         parsed = super().parse_args(args, namespace)
@@ -97,6 +96,29 @@ class Parser(argparse.ArgumentParser):
         typed = super().parse_args(args, marks)
         parsed.given = {name for name, value in vars(typed).items() if value is not unset}
         return parsed
+
+
+def parse_saved(parser: Parser, options: object, source: str | Path) -> argparse.Namespace:
+    """What the parser makes of options that a file holds, {name: value}.
+
+    Raises:
+        UsageError: one is unknown, or its value would not do at the command line.
+    """
+    known = vars(parser.parse_args([])).keys() - {"given"}
+    words = []
+    try:
+        for name, value in options.items() if isinstance(options, dict) else [("args", options)]:
+            if name not in known or not isinstance(value, str | int | float | None):
+                raise UsageError(f"{reprlib.repr(name)} is {reprlib.repr(value)}")
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                words.append(f"--{flag}={value}")
+        return parser.parse_args(words)
+    except ValueError as error:
+        reason = printable(error)[:200]
+        raise UsageError(f"{source}: its options are not those of a run: {reason}") from None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -295,14 +317,16 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
     with suppress(ValueError):  # in another thread than the main one there are no signals
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        if sys.stdout is None:  # closed by the caller (`>&-`)
-            sys.stdout = io.StringIO()
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the caller (`>&-`)
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+        sys.stderr = _Unread(sys.stderr)
         main(parser.parse_args())
         sys.stdout.flush()
         code = 0
     except UsageError as error:
         code = _fail(error, 2)
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # of stdout: `| head` has read enough
         _close_stdout()
         code = 0
     except OSError as error:
@@ -332,6 +356,25 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
             sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class _Unread:
+    """A text stream whose reader may leave: what comes after is lost, the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self._stream.flush()
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -87,11 +87,13 @@ def main(args: argparse.Namespace) -> dict:
     classes = network.classes
 
     # The data and the split of the run unless said otherwise; classes by the name of their folder.
-    data_path = args.data_path or network.args.get("data_path", cli.FLOWER_PHOTOS)
+    saved = {name: network.args.get(name) for name in ("data_path", "val_rate", "seed")}
+    of_run = cli.parse_saved(build_parser(), saved, weights)
+    data_path = args.data_path or of_run.data_path or cli.FLOWER_PHOTOS
     cli.require_data(data_path)
     root = folders.prepare_data(data_path)
-    val_rate = args.val_rate or network.args.get("val_rate", 0.2)
-    seed = network.args.get("seed", 0) if args.seed is None else args.seed
+    val_rate = args.val_rate or of_run.val_rate or 0.2
+    seed = (of_run.seed or 0) if args.seed is None else args.seed
     pictures = folders.pictures_of(root, args.split, val_rate, seed)
     if unknown := sorted(pictures.keys() - set(classes)):
         raise UsageError(

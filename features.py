@@ -124,10 +124,11 @@ def _key(model: nn.Module, paths: list[str], preprocessing: dict, amp: torch.dty
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
     for path in paths:
-        status = os.stat(path)
-        place = os.fsencode(os.path.realpath(path))
-        times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-        digest.update(place + b"\0" + times.encode() + b"\0")
+        digest.update(os.fsencode(os.path.realpath(path)) + b"\0")
+        with suppress(OSError):  # gone meanwhile: reading it will say so
+            status = os.stat(path)
+            times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+            digest.update(times.encode() + b"\0")
     return digest.hexdigest()[:32]
 
 

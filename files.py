@@ -11,6 +11,9 @@ from typing import IO
 
 from cli import UsageError
 
+# Names of pictures and classes come from the file system, where they may be any bytes.
+UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
@@ -19,14 +22,16 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     disk, not only in memory."""
     path = Path(path).resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, **({} if "b" in mode else UTF8)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from cli import FLOWER_PHOTOS, SAMPLE, RunError, UsageError, notice
@@ -221,7 +222,8 @@ def _same_bytes(paths: list[str]) -> list[list[str]]:
         for group in groups:
             by_key = defaultdict(list)
             for path in group:
-                by_key[key(path)].append(path)
+                with suppress(OSError):  # gone meanwhile: reading it will say so
+                    by_key[key(path)].append(path)
             parts += [part for part in by_key.values() if len(part) > 1]
         groups = parts
     return sorted(sorted(group) for group in groups)
@@ -239,6 +241,20 @@ def _start(path: str) -> bytes:
 def _digest(path: str) -> bytes:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def fingerprint(root: str | Path, *sides: list[str]) -> str:
+    """Changes with the names and sizes of the pictures on each side, not with the place of the
+    folder."""
+    digest = hashlib.sha256()
+    for side in sides:
+        digest.update(b"side\0")
+        for path in side:
+            with suppress(OSError):  # gone meanwhile
+                size = _size(path)
+                name = os.path.relpath(path, root)
+                digest.update(os.fsencode(f"{name}\0{size}\0"))
+    return digest.hexdigest()
 
 
 def with_labels(pictures: Pictures, classes: list[str]) -> tuple[list[str], list[int]]:

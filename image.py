@@ -75,10 +75,18 @@ def _positive(value: object) -> bool:
 
 
 def check_classes(classes: object, source: str | Path) -> None:
-    """Raise RunError unless it is a list of different names."""
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    """Raise RunError unless it is a list of different names, such as folders have."""
+    named = isinstance(classes, list) and all(map(is_name, classes))
     if not named or len(set(classes)) != len(classes):
         raise RunError(f"{source}: its class names are no text, or one stands twice")
+
+
+def is_name(value: object) -> bool:
+    """Whether it is text that a file name could be: others cannot be written to a table."""
+    try:
+        return isinstance(value, str) and bool(value.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return False
 
 
 def load_rgb(path: str | Path) -> Image.Image:

@@ -1,5 +1,7 @@
 """Many pictures: read them, augment them, hand them to the network in batches."""
 
+import atexit
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -130,12 +132,12 @@ class _Guarded(Dataset):
         return self.dataset.collate_fn(good) if good else None, errors
 
 
-def _start_worker(index: int) -> None:
+def _start_worker(index: int, leaving: Tensor) -> None:
     """Ctrl-C reaches every process of a terminal, SIGTERM those of a service: the main process
-    decides what becomes of it. It has some seconds to finish its step before workers end."""
+    alone decides what becomes of it, however long its step takes. When it leaves, which it says in
+    shared memory, Python ends its workers by a SIGTERM of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(3))
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0) if leaving else None)
 
 
 class DeviceLoader:
@@ -176,6 +178,8 @@ class DeviceLoader:
             torch.empty(0, dtype=torch.int64),
         )
         guarded = _Guarded(dataset)
+        leaving = torch.zeros((), dtype=torch.bool).share_memory_()
+        atexit.register(leaving.fill_, True)
         self.loader = DataLoader(
             guarded,
             batch_size=batch_size,
@@ -184,7 +188,7 @@ class DeviceLoader:
             collate_fn=guarded.collate_fn,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, leaving=leaving),
         )
 
     def __len__(self) -> int:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 PANELS = 32  # pictures in a plot
 TABLES = (".csv", ".jsonl")
-UTF8 = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files may be any bytes
 MANY = 64  # pictures from which on a progress bar is worth its import
 
 
@@ -126,12 +125,12 @@ def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], No
         yield lambda result: say(form(result))
         return
     # Not renamed at the end: whoever interrupts keeps the whole lines written so far.
-    with open(args.output, "w", newline="", buffering=1, **UTF8) as file:
+    from files import UTF8, cells
+
+    with open(args.output, "w", buffering=1, **UTF8) as file:
         if args.output.lower().endswith(".jsonl"):
             yield lambda result: print(json.dumps(result), file=file)
             return
-        from files import cells
-
         table = csv.writer(file)
         columns = [f"{kind}_{rank + 1}" for rank in range(topk) for kind in ("class", "prob")]
         table.writerow(["path", *columns])

@@ -72,6 +72,7 @@ def open_network(
         return _open_torch(weights, device, amp)
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}: an .onnx file is computed on the CPU; use the .pth")
+    _refuse_loops(Path(weights))
     runtime = _choose_runtime(runtime, amp, pictures)
     try:
         importlib.import_module(runtime)
@@ -86,7 +87,7 @@ def open_network(
         classes, preprocessing, args = (
             json.loads(metadata[name]) for name in ("classes", "preprocessing", "args")
         )
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise RunError(
             f"{weights}: does not say its classes and its preprocessing; make it with export.py"
         ) from None
@@ -113,6 +114,14 @@ def open_network(
 
     name = metadata.get("model_name", "unknown")
     return Network(run_normalized, name, classes, preprocessing, args, runtime)
+
+
+def _refuse_loops(path: Path) -> None:
+    # Nothing stops a runtime that has begun one of 2^62 turns. In an ONNX file the name of an
+    # operator follows its length, whose last byte is 4, or 0 where it is longer than need be.
+    data = path.read_bytes()
+    if b"\4Loop" in data or b"\0Loop" in data:
+        raise RunError(f"{path}: holds a loop, which no network of export.py does")
 
 
 def _normalization(preprocessing: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ metrics.csv. The last line is one JSON object; the exit code is 1 if anything di
 import argparse
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +101,12 @@ def _train_under_fire(
 
 
 def _start(kind: str, data: Path, folder: Path) -> subprocess.Popen:
-    words = [sys.executable, str(ROOT / "train.py"), "--output-dir", str(folder)]
+    code = folder.with_suffix(".code")  # its own, since .cache/ lies beside it
+    if not code.exists():
+        code.mkdir()
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, code)
+    words = [sys.executable, str(code / "train.py"), "--output-dir", str(folder)]
     if (folder / "last.pth").exists():
         words += ["--resume"]
     else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cli
+import resume
 from cli import RunError, UsageError, notice
 
 if TYPE_CHECKING:
@@ -157,8 +158,8 @@ def main(args: argparse.Namespace) -> dict:
     # Options of the run, and its state if it goes on.
     state = None
     if resume_from:
-        state, resume_from = _load_state(resume_from, named)
-        args = _options_of_run(args, state, resume_from)
+        state, resume_from = resume.load(resume_from, named)
+        args = resume.options_of_run(build_parser(), args, state, resume_from)
     cached = args.freeze_layers and args.cache_features
     if cached and args.train_size:
         raise UsageError(
@@ -180,6 +181,7 @@ def main(args: argparse.Namespace) -> dict:
     val = folders.with_labels(val_pictures, classes)
     bad = folders.BadPictures(len(train[0]) + len(val[0]), skip=args.on_bad_image == "skip")
     train, val = bad.scan(*train), bad.scan(*val)
+    fingerprint = folders.fingerprint(root, train[0], val[0])
     counts = f"{len(train[0])} pictures to train, {len(val[0])} to validate"
     notice(f"{counts}, in {len(classes)} classes")
 
@@ -225,8 +227,28 @@ def main(args: argparse.Namespace) -> dict:
     optimizer = torch.optim.SGD(trained, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     history, best, position = [], None, None
+
+    def to_resume(position: dict | None) -> dict:
+        return {
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "history": history,
+            "best": best,
+            "position": position,
+            "head": _state_of_head(learner, train_loader) if cached else None,
+            "pictures": fingerprint,
+        }
+
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        shapes = [parameter.shape for parameter in trained]
+        resume.check(state, to_resume(None), shapes, len(classes), resume_from)
+        if state["pictures"] != fingerprint:
+            notice(
+                "the pictures are not those the run began with: it goes on, but not as if it had "
+                "never been stopped"
+            )
+        groups = optimizer.state_dict()["param_groups"]  # as the options say
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         scaler.load_state_dict(state["scaler"])
         history, best, position = state["history"], state["best"], state["position"]
         if cached:
@@ -238,7 +260,7 @@ def main(args: argparse.Namespace) -> dict:
     # Output folder.
     output_dir = Path(args.output_dir or cli.fresh_folder(args.model))
     output_dir.mkdir(parents=True, exist_ok=True)
-    saved_args = {name: value for name, value in vars(args).items() if name not in _NOT_SAVED}
+    saved_args = {name: value for name, value in vars(args).items() if name not in resume.NOT_SAVED}
     saved_args["output_dir"] = str(output_dir)
 
     def usable() -> dict:
@@ -252,24 +274,14 @@ def main(args: argparse.Namespace) -> dict:
             "args": saved_args,
         }
 
-    def to_resume(position: dict | None) -> dict:
-        return {
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "history": history,
-            "best": best,
-            "head": _state_of_head(learner, train_loader) if cached else None,
-            "position": position,  # in the epoch that is under way
-        }
-
     with locked(output_dir), cli.deferred_signals() as stopped:
-        if not state and (output_dir / "last.pth").exists():  # of a run that was faster
+        if not state and resume.holds_run(output_dir):  # of a run that was faster
             raise UsageError(_HOLDS_A_RUN.format(output_dir))
         save_json(saved_args, output_dir / "args.json")
         names = {str(index): name for index, name in enumerate(classes)}
         save_json(names, output_dir / "class_indices.json")
         if resume_from:
-            _bring(resume_from, output_dir, history)
+            resume.bring(resume_from, output_dir, history)
         writer = SummaryWriter(output_dir, purge_step=len(history) + 1)
         notice(f"writing to {output_dir}, training on {device}{f' in {amp}' if amp else ''}")
         if len(history) >= args.epochs:
@@ -296,7 +308,7 @@ def main(args: argparse.Namespace) -> dict:
             except utils.Stopped as stop:
                 if cached:
                     features.fold(learner, train_loader.mean, train_loader.std, model.fc)
-                _save_last(output_dir, usable() | to_resume(stop.position or position))
+                resume.save_last(output_dir, usable() | to_resume(stop.position or position))
                 raise cli.Interrupted(stopped(), _stopped_text(epoch, output_dir)) from None
             position = None
             if not math.isfinite(result["loss"]):
@@ -325,7 +337,7 @@ def main(args: argparse.Namespace) -> dict:
                 }
                 # Before last.pth: killed between the two, the epoch is done again.
                 checkpoint.save(usable(), output_dir / "best.pth")
-            _save_last(output_dir, usable() | to_resume(None))
+            resume.save_last(output_dir, usable() | to_resume(None))
             _save_metrics(output_dir, history, writer)
             # On cached features it would not be pictures that are counted.
             rate = "" if cached else f"  {trained_for['images_per_second']:.0f} img/s"
@@ -353,20 +365,6 @@ def main(args: argparse.Namespace) -> dict:
     return summary
 
 
-# Options that say where and how fast a run goes, not what it computes: a resumed run may change
-# them. All others stay as the run began.
-_FREE = {"data_path", "workers", "device", "output_dir", "epochs"}
-_NOT_SAVED = {"given", "resume"}
-_TO_RESUME = {
-    "optimizer",
-    "scaler",
-    "history",
-    "best",
-    "head",
-    "position",
-}  # in last.pth beside best.pth's
-
-
 _HOLDS_A_RUN = "--output-dir {}: holds a run; add --resume to go on with it, or name another folder"
 
 
@@ -374,58 +372,14 @@ def _check_paths(args: argparse.Namespace) -> tuple[Path | None, bool]:
     """Refuse what cannot work; returns the last.pth to go on from, and whether the user named this
     very file."""
     cli.check_output_dir(args.output_dir)
-    last = Path(args.output_dir, "last.pth") if args.output_dir else None
-    if args.resume is None:
-        cli.require_data(args.data_path)
-        if args.weights not in ("", "imagenet"):
-            cli.require_path(args.weights, "--weights")
-        if last and last.exists():
-            raise UsageError(_HOLDS_A_RUN.format(args.output_dir))
-        return None, False
-
-    resume_from = Path(args.resume) if args.resume else last or cli.newest_run("last.pth")
-    named = bool(args.resume) and not resume_from.is_dir()
-    if resume_from.is_dir():
-        resume_from /= "last.pth"
-    cli.require_path(resume_from, "--resume")
-    if last and last.exists() and not last.samefile(resume_from):
-        raise UsageError(f"--output-dir {args.output_dir}: holds another run than {resume_from}")
-    return resume_from, named
-
-
-def _load_state(path: Path, named: bool) -> tuple[dict, Path]:
-    """The state of a run, from the checkpoint before where the last is damaged and not `named`."""
-    import checkpoint
-
-    previous = path.with_name("previous.pth")
-    try:
-        return checkpoint.load(path), path
-    except RunError as error:
-        if named or not previous.exists():
-            raise
-        notice(f"{error}; going on from {previous}")
-        return checkpoint.load(previous), previous
-
-
-def _options_of_run(args: argparse.Namespace, state: dict, path: Path) -> argparse.Namespace:
-    """The options a run began with, changed by those typed now where that changes no result."""
-    old = state.get("args")
-    if not isinstance(old, dict) or not state.keys() >= _TO_RESUME:
-        raise UsageError(f"--resume {path}: not the last.pth of a run")
-    now = vars(args)
-    for name in sorted(args.given - _FREE - {"resume"}):
-        if now[name] != old.get(name):
-            raise UsageError(
-                f"--{name.replace('_', '-')} {now[name]}: the run of {path} began with "
-                f"{reprlib.repr(old.get(name))} and goes on with it; leave the option out, or "
-                "start a new run"
-            )
-    merged = now | old | {name: now[name] for name in args.given}
-    merged["output_dir"] = args.output_dir or str(path.parent)
-    if merged["epochs"] < len(state["history"]):
-        raise UsageError(f"--epochs {merged['epochs']}: {path} has {len(state['history'])} already")
-    cli.require_data(merged["data_path"])
-    return argparse.Namespace(**merged)
+    if args.resume is not None:
+        return resume.find(args.resume, args.output_dir)
+    cli.require_data(args.data_path)
+    if args.weights not in ("", "imagenet"):
+        cli.require_path(args.weights, "--weights")
+    if args.output_dir and resume.holds_run(args.output_dir):
+        raise UsageError(_HOLDS_A_RUN.format(args.output_dir))
+    return None, False
 
 
 def _read_weights(model_name: str, weights: str) -> tuple[dict, str, list | None] | None:
@@ -468,29 +422,8 @@ def _state_of_head(head: "nn.Module", loader: "FeatureLoader") -> dict:
     return {"weights": head.state_dict(), "mean": loader.mean, "std": loader.std}
 
 
-def _bring(resumed: Path, output_dir: Path, history: list[dict]) -> None:
-    """Make the folder of a resumed run what it was after its last epoch."""
-    from files import keep_previous, replacing, save_rows
-
-    if resumed.name == "previous.pth":  # last.pth is damaged: it must not become the previous one
-        keep_previous(resumed, output_dir / "last.pth")
-    save_rows(history, output_dir / "metrics.csv")
-    best = resumed.with_name("best.pth")
-    if best.exists() and not (output_dir / "best.pth").exists():  # the run moves here
-        with replacing(output_dir / "best.pth") as file:
-            file.write(best.read_bytes())
-
-
 def _stopped_text(epochs: int, output_dir: Path) -> str:
     return f"stopped after {epochs} epochs, all is saved; go on with --resume {output_dir}"
-
-
-def _save_last(output_dir: Path, state: dict) -> None:
-    import checkpoint
-    from files import keep_previous
-
-    keep_previous(output_dir / "last.pth", output_dir / "previous.pth")
-    checkpoint.save(state, output_dir / "last.pth")
 
 
 def _save_metrics(output_dir: Path, history: list[dict], writer: "SummaryWriter") -> None:

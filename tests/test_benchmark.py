@@ -16,18 +16,16 @@ def run_benchmark(*words):
     return benchmark.main(benchmark.build_parser().parse_args([*map(str, words)]))
 
 
-def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys):
+def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys, monkeypatch):
+    *_, (name, steps) = benchmark.OURS["all"].items()  # the one of two processes
+    monkeypatch.setitem(benchmark.OURS, "all", {name: steps})
     torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "w.pth")
     words = ["train", flowers, "--weights", tmp_path / "w.pth", "--model", "shufflenet_v2_x0_5"]
     report = run_benchmark(*words, "--epochs", 1, "--seeds", 1, "-j", 0, "--json")
     assert json.loads(capsys.readouterr().out) == report
     names = [row["name"] for row in report["rows"]]
     fc = ["fc: plain.py", "fc: train.py, first run", "fc: train.py, again"]
-    assert names == [
-        *fc,
-        "all: plain.py",
-        *(f"all: train.py{name}" for name in benchmark.OURS["all"]),
-    ]
+    assert names == [*fc, "all: plain.py", f"all: train.py{name}"]
     first, again = report["rows"][1:3]
     assert first["accuracy, last epoch"] == again["accuracy, last epoch"]
     rates = [row["img/s, last epoch"] for row in report["rows"]]

@@ -328,9 +328,12 @@ def test_imagenet_weights_put_in_place_by_hand_need_no_network(tmp_path, monkeyp
 
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Attack()}, place)
-    with pytest.raises(RunError, match=r"cannot get .*\(it is damaged, or holds Python objects"):
+    with pytest.raises(RunError, match=r"\.pth: damaged, or .*\(it is damaged, or holds Python"):
         checkpoint.imagenet_weights("shufflenet_v2_x0_5")
     assert not (tmp_path / "attacked").exists()
+    torch.save([state], place)
+    with pytest.raises(RunError, match="holds a list, expected a state dict"):
+        checkpoint.imagenet_weights("shufflenet_v2_x0_5")
 
 
 def test_the_class_names_of_the_repository_are_those_of_flower_photos():

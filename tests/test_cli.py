@@ -55,7 +55,7 @@ def test_a_switch_means_what_it_says(words, value):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(*words)
+        cli.run(argparse.ArgumentParser(), lambda args: parse(*words))
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -67,6 +67,43 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, message, capsys):
 def test_given_names_what_was_typed_even_where_it_is_the_default():
     assert parse().given == set()
     assert parse("--lr", "0.01", "--no-freeze-layers").given == {"lr", "freeze_layers"}
+
+
+def test_saved_options_are_those_of_the_command_line():
+    parser = cli.Parser()
+    cli.add_switch(parser, "freeze-layers", False, "help")
+    cli.add_amp(parser)
+    parser.add_argument("--lr", type=cli.number(float, 0, 10, above=True), default=0.01)
+    parser.add_argument("--data-path", default="x")
+    for words in (
+        [],
+        ["--lr=0.1", "--amp", "--data-path=-- a\nb"],
+        ["--freeze-layers", "--no-amp"],
+    ):
+        typed = parser.parse_args(words)
+        saved = {name: value for name, value in vars(typed).items() if name != "given"}
+        again = vars(cli.parse_saved(parser, saved, "f"))
+        assert {name: again[name] for name in saved} == saved
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"lr": 0.0}, "f: its options are not those of a run: argument --lr: 0.0 must be greater"),
+        ({"lr": 10**5000}, "f: its options are not those of a run"),
+        ({"lr": [0.1]}, r"not those of a run: 'lr' is \[0.1\]"),
+        ({"help": True}, "not those of a run: 'help' is True"),
+        ({5: 5}, "not those of a run: 5 is 5"),
+        ({"device": "x" * 10_000}, "^f.{200,300}$"),
+        (None, "not those of a run: 'args' is None"),
+    ],
+)
+def test_saved_options_are_data(saved, message):
+    parser = cli.Parser()
+    cli.add_device(parser)
+    parser.add_argument("--lr", type=cli.number(float, 0, 10, above=True), default=0.01)
+    with pytest.raises(cli.UsageError, match=message):
+        cli.parse_saved(parser, saved, "f")
 
 
 def test_help_prints_defaults(capsys):
@@ -126,6 +163,50 @@ cli.run(argparse.ArgumentParser(), main)
     words = [sys.executable, "-c", script]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (result.returncode, result.stdout, result.stderr) == (code, "so far", line)
+
+
+@pytest.mark.parametrize(("stream", "code"), [("stdout", 0), ("stderr", 1)])
+def test_a_reader_that_leaves_hides_no_failure(stream, code):
+    """Of stdout, it ends the work; of stderr, the work goes on and its own end counts."""
+    script = """
+import argparse, sys, cli
+def main(args):
+    sys.stdin.read()
+    for line in range(3):
+        cli.notice("working")
+        print("working", file=sys.stderr)
+    print("result", flush=True)
+    raise cli.RunError("it failed")
+cli.run(argparse.ArgumentParser(), main)
+"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes)
+    getattr(process, stream).close()
+    process.stdin.close()
+    out = process.stdout.read() if stream == "stderr" else b""
+    assert process.wait(timeout=30) == code
+    assert out == (b"result\n" if stream == "stderr" else b"")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_nowhere(closed, tmp_path):
+    script = """
+import argparse, os, sys, cli
+def main(args):
+    with open("x", "w") as file:
+        cli.notice("no result")
+        os.system("echo from below; echo from below >&2")
+        print("result")
+cli.run(argparse.ArgumentParser(), main)
+"""
+    command = f'"{sys.executable}" -c "$0" {closed}'
+    result = subprocess.run(
+        ["bash", "-c", command, script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert (tmp_path / "x").read_bytes() == b""
+    assert "no result" not in result.stdout
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

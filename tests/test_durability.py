@@ -21,8 +21,9 @@ import features
 import files
 import soak
 import train
+import utils
 from cli import RunError, UsageError
-from files import cells, locked, replacing, save_rows
+from files import cells, locked, replacing, save_json, save_rows
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +46,8 @@ def options(flowers, folder, *more):
 # What is trained, the signal, and in which forward pass it comes to the first process, the next
 # ... : a first step, a middle one, validation.
 KINDS = {
-    "all layers": (["--epochs", 3], signal.SIGTERM, [1, 4]),
-    "bfloat16": (["--epochs", 1, "--amp", "--batch-size", 4], signal.SIGINT, [3]),
+    "all layers": (["--epochs", 3, "--train-size", 64], signal.SIGTERM, [1, 4]),
+    "bfloat16": (["--epochs", 1, "--train-size", 64, "--amp"], signal.SIGINT, [2]),
     "cached features": (
         ["--epochs", 3, "--freeze-layers", "--batch-size", 8],
         signal.SIGINT,
@@ -90,31 +91,52 @@ def test_a_run_that_is_stopped_at_some_step_goes_on_as_if_it_had_not_been(flower
     soak.compare(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_exit_codes_of_signals_and_that_a_second_one_ends_at_once(flowers, tmp_path, signum, code):
-    words = [sys.executable, ROOT / "train.py", *options(flowers, tmp_path / "out")]
-    words += ["--epochs", 1000, "-j", 1]
-    process = start([*words, "-j", 1])
-    wait_for(tmp_path / "out" / "metrics.csv", process)
-    os.killpg(process.pid, signum)  # as a terminal does: to the workers too
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    last = err.decode().splitlines()[-1]
-    assert last.startswith("error: stopped after ")
-    assert "Traceback" not in err.decode()
+# A step in which the signal comes to the workers too, as from a terminal, and in which they have
+# the time to end of it; in the next epoch it comes twice.
+TO_ALL = """
+import os, signal, sys, time, torch, cli, train
+signum = int(sys.argv.pop(1))
+forward, calls = torch.nn.Linear.forward, 0
 
-    process = start([*words, "--resume"])
-    time.sleep(0.1)
-    wait_for(tmp_path / "out" / "last.pth", process, newer_than=time.time())
-    process.send_signal(signum)
-    process.send_signal(signum)
-    process.communicate(timeout=60)
-    assert process.returncode in (-signum, code)  # the first may have ended it in between
+def counted(self, x):
+    global calls
+    calls += 1
+    if "--resume" in sys.argv:
+        signal.raise_signal(signum)
+        signal.raise_signal(signum)
+    elif calls == 2:
+        os.killpg(0, signum)
+        time.sleep(1)
+    return forward(self, x)
+
+torch.nn.Linear.forward = counted
+cli.run(train.build_parser(), train.main)
+"""
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_all_finishes_the_step_and_a_second_one_ends_at_once(
+    flowers, tmp_path, signum, code
+):
+    words = [sys.executable, "-c", TO_ALL, signum.value]
+    out = tmp_path / "out"
+    process = start([*words, *options(flowers, out, "-j", 1, "--batch-size", 4)])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err.decode()
+    assert err.decode().splitlines()[-1].startswith("error: stopped after 0 epochs, all is saved")
+    assert "Traceback" not in err.decode()
+    assert err.decode().count("stopping after this step") == 1
+    assert checkpoint.load(out / "last.pth")["position"]["step"] == 2
+
+    process = start([*words, "--resume", out, "-j", 0])  # workers would be waited for
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signum, err.decode()
 
 
 def start(words):
     return subprocess.Popen(
         [str(word) for word in words],
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -174,6 +196,67 @@ def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
     assert "last.pth: " in (err := capsys.readouterr().err)
     assert f"going on from {parts / 'previous.pth'}" in err
     assert [row["epoch"] for row in checkpoint.load(parts / "last.pth")["history"]] == [1, 2, 3]
+
+
+def test_resume_takes_the_checkpoint_before_one_that_is_gone(tmp_path, run_dir, capsys):
+    shutil.copytree(run_dir, tmp_path / "out")
+    (tmp_path / "out" / "last.pth").unlink()
+    with pytest.raises(UsageError, match="holds a run; add --resume"):
+        run_train(*options(tmp_path, tmp_path / "out"))
+    with pytest.raises(UsageError, match="holds another run than"):
+        run_train("--resume", run_dir, "--output-dir", tmp_path / "out")
+    assert run_train("--resume", tmp_path / "out")["epochs"] == 2
+    assert f"last.pth is gone; going on from {tmp_path / 'out' / 'previous.pth'}" in (
+        capsys.readouterr().err
+    )
+    soak.compare(run_dir, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["removed", "renamed", "replaced", "moved"])
+def test_resume_says_when_the_pictures_are_others(flowers, tmp_path, run_dir, capsys, change):
+    shutil.copytree(flowers, tmp_path / "d")
+    picture = tmp_path / "d" / "roses" / "roses_003.jpg"
+    if change == "removed":
+        picture.unlink()
+    elif change == "renamed":
+        picture.rename(picture.with_name("zzz.jpg"))
+    elif change == "replaced":
+        picture.write_bytes(picture.read_bytes() + b"\0")
+    run_train("--resume", run_dir, "--data-path", tmp_path / "d", "--output-dir", tmp_path / "out")
+    said = "the pictures are not those the run began with" in capsys.readouterr().err
+    assert said == (change != "moved")
+
+
+def test_a_run_that_ends_between_its_two_checkpoints_loses_neither(
+    flowers, tmp_path, run_dir, monkeypatch
+):
+    """The better epoch is done again, so whichever is written first, both are there."""
+    save, left = checkpoint.save, 3
+
+    def save_some(state, path):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(checkpoint, "save", save_some)
+    words = options(flowers, tmp_path / "out", "--epochs", 2)
+    with pytest.raises(OSError, match="No space"):
+        run_train(*words)
+    # Whether the second epoch is better is up to the platform; that both are written is not.
+    run_train("--resume", tmp_path / "out")
+    soak.compare(run_dir, tmp_path / "out")
+
+
+def test_a_resumed_run_keeps_the_scale_of_float16(flowers, tmp_path, monkeypatch):
+    """As of an old GPU."""
+    monkeypatch.setattr(utils, "amp_dtype", lambda device, amp: torch.float16)
+    words = ["--train-size", 64, "--epochs"]
+    run_train(*options(flowers, tmp_path / "whole", *words, 2))
+    run_train(*options(flowers, tmp_path / "parts", *words, 1))
+    run_train("--resume", tmp_path / "parts", "--epochs", 2)
+    soak.compare(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed(flowers, tmp_path):
@@ -256,6 +339,29 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name_and_its_name_then(tmp_path, monkeypatch):
+    did = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, real=real: (did.append(name), real(*args))
+        )
+    with replacing(tmp_path / "x") as file:
+        file.write(b"new")
+    assert did == ["fsync", "replace", "fsync"]
+
+
+@pytest.mark.parametrize(
+    ("write", "value"), [(save_json, ["begun", object()]), (save_rows, [{"a": 1}, None])]
+)
+def test_what_fails_while_it_is_written_leaves_the_file_before(tmp_path, write, value):
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises((TypeError, AttributeError)):
+        write(value, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_a_full_disk_ends_with_a_clear_line_and_the_last_good_checkpoint(shell, flowers, tmp_path):
     """The limit on the size of files stands for the disk: checkpoints no longer fit."""
     words = options(flowers, tmp_path / "out", "--epochs", 2)
@@ -266,7 +372,8 @@ def test_a_full_disk_ends_with_a_clear_line_and_the_last_good_checkpoint(shell, 
         ["bash", "-c", limited], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     assert result.returncode == 1, result.stderr
-    assert result.stderr.splitlines()[-1] == "error: File too large"
+    end = f"error: File too large: {tmp_path / 'out' / 'last.pth'}"
+    assert result.stderr.splitlines()[-1] == end
     assert (tmp_path / "out" / "last.pth").read_bytes() == before
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
@@ -292,6 +399,7 @@ def test_bad_pictures_are_named_once_and_passed_over(damaged, tmp_path, capsys, 
     assert err.count("roses_001.jpg: not a picture") == 1
     assert err.count("tulips_002.jpg: ") == 1
     assert summary["epochs"] == 3
+    assert summary["train_images"] + summary["val_images"] == 39  # one is seen before training
 
 
 def test_cached_features_hide_no_bad_picture_from_the_next_run(damaged, tmp_path, capsys):
@@ -351,7 +459,8 @@ def test_eval_counts_what_it_passed_over(damaged, run_dir, capsys):
 
 # -- names ---------------------------------------------------------------------------------------
 
-NAMES = ["with space", "quo'te\"s", "郁金香 ñ", "new\nline", "=1+2", "x" * 250]
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
+NAMES = ["with space", "quo'te\"s", "郁金香 ñ", "new\nline", "=1+2", "x" * 250, NOT_UTF8]
 
 
 def test_names_of_any_kind_work_from_training_to_the_table(tmp_path, shell):
@@ -369,9 +478,11 @@ def test_names_of_any_kind_work_from_training_to_the_table(tmp_path, shell):
     assert "new\\nline" in result.stdout
     result = shell("predict.py", "d", "--weights", "out/best.pth", "--output", "t.csv")
     assert result.returncode == 0, result.stderr
-    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "t.csv", **files.UTF8) as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 24
+    assert len(rows) == 28
+    with open(tmp_path / "e" / "per_class.csv", **files.UTF8) as file:
+        assert {row["class"].lstrip("'") for row in csv.DictReader(file)} == set(NAMES)
     assert {row["class_1"].lstrip("'") for row in rows} <= set(NAMES)
     for row in rows:
         assert not row["class_1"].startswith("=")

@@ -112,7 +112,10 @@ def test_mistakes_are_found_before_the_work(run_dir, tmp_path, monkeypatch):
 
 def test_one_picture_is_enough_to_compare_on(onnx_file, run_dir, flowers, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_to_file", lambda trained: onnx_file.read_bytes())
+    (tmp_path / "m.onnx").write_bytes(b"old")
+    (tmp_path / "open elsewhere").hardlink_to(tmp_path / "m.onnx")
     words = ["--weights", run_dir / "best.pth", "--output", tmp_path / "m.onnx"]
     summary = run_export(*words, "--check-on", flowers / "roses" / "roses_001.jpg")
+    assert (tmp_path / "open elsewhere").read_bytes() == b"old"
     assert (tmp_path / "m.onnx").read_bytes() == onnx_file.read_bytes()
     assert set(summary["largest_difference"]) == set(RUNTIMES)

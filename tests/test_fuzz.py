@@ -1,8 +1,10 @@
 """Mutated files: the only outcomes are a result and an error of our own."""
 
+import copy
 import io
 import os
 import time
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
 import checkpoint
+import resume
+import train
 from cli import RunError, UsageError
 from image import ImageError, check_header, default_preprocessing, load_rgb, resize_and_crop
 from model import build_model
 
-EXAMPLES = int(os.environ.get("FUZZ", "30"))  # of each test; FUZZ=100000 for a night
+EXAMPLES = int(os.environ.get("FUZZ", "15"))  # of each test; FUZZ=100000 for a night
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -155,7 +159,8 @@ VALUES = st.recursive(
     | st.text(max_size=5)
     | st.builds(lambda n: torch.zeros(n), st.integers(0, 3)),
     lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=5) | st.integers(-1, 2), inner, max_size=4)
     ),
     max_leaves=8,
 )
@@ -185,6 +190,74 @@ def test_fields_of_a_checkpoint(tmp_path, checkpoint_bytes, field):
         (state[outer[0]] if outer else state)[name] = value
         torch.save(state, path)
         either((RunError, UsageError), checkpoint.load_classifier, path)
+
+    run()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "args",
+        "args/epochs",
+        "args/data_path",
+        "args/amp",
+        "history",
+        "history/0",
+        "history/0/val_loss",
+        "best",
+        "best/confusion",
+        "position",
+        "position/step",
+        "optimizer",
+        "optimizer/state",
+        "optimizer/state/0",
+        "optimizer/state/0/momentum_buffer",
+        "scaler",
+        "head",
+        "head/mean",
+        "pictures",
+    ],
+)
+def test_what_resume_reads(field):
+    """Well-formed checkpoints to resume from, in which a field holds anything."""
+    head = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9)
+    groups = optimizer.state_dict()["param_groups"]
+    now = {"head": {"weights": head.state_dict(), "mean": torch.zeros(4)}, "scaler": {"scale": 2.0}}
+    parser = train.build_parser()
+    shapes = [parameter.shape for parameter in head.parameters()]
+
+    @FUZZ
+    @given(VALUES)
+    def run(value):
+        state = {
+            "args": {"epochs": 9, "data_path": "sample", "amp": None},
+            "history": [dict.fromkeys(resume.FIGURES, 0.5) | {"epoch": 1}],
+            "best": {"accuracy": 0.5, "epoch": 1, "confusion": torch.eye(3, dtype=torch.int64)},
+            "position": {"step": 1, "seen": 3, "sums": torch.zeros(2)},
+            "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3, 4)}}},
+            "pictures": "",
+            **now,
+        }
+        *outer, name = (int(key) if key.isdigit() else key for key in field.split("/"))
+        state[field.partition("/")[0]] = copy.deepcopy(state[field.partition("/")[0]])
+        place = state
+        for key in outer:
+            place = place[key]
+        place[name] = value
+        either((RunError, UsageError), read, state)
+
+    def read(state):
+        # What `resume.load` has looked at is a list.
+        if not isinstance(state["history"], list):
+            return
+        path = Path("last.pth")
+        resume.options_of_run(parser, parser.parse_args([]), state, path)
+        resume.check(state, now, shapes, 3, path)
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        for parameter in head.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
 
     run()
 

@@ -122,6 +122,8 @@ def test_a_damaged_file_is_one_line(onnx_file, tmp_path, asked, keep):
         ("classes", '{"0": "a"}', "are no text"),
         ("preprocessing", '{"resize": 1e9}', "not 1 <= crop <= resize"),
         ("preprocessing", "[]", "not 1 <= crop <= resize"),
+        ("preprocessing", "[" * 100_000, "does not say its classes and its preprocessing"),
+        ("args", "[]", "but answers"),
     ],
 )
 def test_what_a_file_says_of_itself_is_checked(onnx_file, tmp_path, asked, name, value, message):
@@ -152,3 +154,33 @@ def test_a_network_of_another_kind_is_refused(tmp_path, asked, side, name):
     onnx.save(model, tmp_path / "relu.onnx")
     with pytest.raises(RunError, match="but answers|classifies no batches"):
         open_network(tmp_path / "relu.onnx", runtime=asked)
+
+
+@pytest.mark.parametrize("asked", RUNTIMES)
+def test_a_loop_is_refused_before_it_runs(onnx_file, tmp_path, asked):
+    """Of 2^62 turns, in a network that is otherwise one of ours."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go on"]),
+            helper.make_node("Identity", ["x"], ["y"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", kind.INT64, []),
+            helper.make_tensor_value_info("go", kind.BOOL, []),
+            helper.make_tensor_value_info("x", kind.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go on", kind.BOOL, []),
+            helper.make_tensor_value_info("y", kind.FLOAT, None),
+        ],
+    )
+    model = onnx.load(onnx_file)
+    model.graph.node[-1].output[0] = "before"
+    loop = helper.make_node("Loop", ["turns", "", "before"], ["logits"], body=body)
+    model.graph.node.append(loop)
+    model.graph.initializer.append(helper.make_tensor("turns", kind.INT64, [], [2**62]))
+    onnx.save(model, tmp_path / "loop.onnx")
+    with pytest.raises(RunError, match=r"loop\.onnx: holds a loop"):
+        open_network(tmp_path / "loop.onnx", runtime=asked)

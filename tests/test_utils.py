@@ -211,5 +211,6 @@ def test_set_seed_repeats_every_generator():
     first = draw()
     utils.set_seed(5)
     assert draw() == first
+    assert torch.backends.cudnn.deterministic
     utils.set_seed(6)
     assert all(a != b for a, b in zip(draw(), first, strict=True))
