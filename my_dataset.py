@@ -178,7 +178,8 @@ class DeviceLoader:
             torch.empty(0, dtype=torch.int64),
         )
         guarded = _Guarded(dataset)
-        leaving = torch.zeros((), dtype=torch.bool).share_memory_()
+        with torch.inference_mode(False):  # else it could not be changed outside
+            leaving = torch.zeros((), dtype=torch.bool).share_memory_()
         atexit.register(leaving.fill_, True)
         self.loader = DataLoader(
             guarded,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import utils
 from cli import RunError, UsageError
@@ -214,3 +215,30 @@ def test_set_seed_repeats_every_generator():
     assert torch.backends.cudnn.deterministic
     utils.set_seed(6)
     assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_parts_of_a_batch_on_their_cores_take_the_steps_of_the_whole(frozen):
+    """Three parts of an odd batch; with batch norm in training they would depend on each other."""
+    results = []
+    for threads in (1, 3, 3):
+        torch.manual_seed(0)
+        network = build_model("shufflenet_v2_x0_5", 3)
+        if frozen:
+            utils.freeze_batch_norm(network)
+        data = TensorDataset(torch.randn(16, 3, 64, 64), torch.arange(16) % 3)
+        loader = DataLoader(data, batch_size=8)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            trained = utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=0)
+            validated = utils.evaluate(network, loader, CPU)
+        finally:
+            torch.set_num_threads(before)
+        weights = torch.cat([value.flatten() for value in network.state_dict().values()])
+        results.append((weights, trained["loss"], trained["accuracy"], validated["loss"]))
+    whole, parts, again = results
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-3, atol=1e-5)
+    assert parts[1:] == pytest.approx(whole[1:], rel=1e-4)
+    assert torch.equal(parts[0], again[0])
+    assert parts[1:] == again[1:]
