@@ -35,15 +35,15 @@ from model import VARIANTS, build_model
 HEAD = ("fc.weight", "fc.bias")
 
 
-def save(state: dict, path: str | Path) -> None:
-    """Write a dict of tensors and primitives atomically.
+def save(state: dict, path: str | Path, previous: Path | None = None) -> None:
+    """Write a dict of tensors and primitives atomically; what was at `path` goes to `previous`.
 
     Raises:
-        OSError: the disk is full or not writable; the file at `path` is what it was.
+        OSError: the disk is full or not writable; both files are what they were.
     """
     buffer = io.BytesIO()  # torch reports a full disk as an error of its own, a buffer as OSError
     torch.save(state, buffer)
-    with replacing(path) as file:
+    with replacing(path, previous=previous) as file:
         file.write(buffer.getbuffer())
 
 

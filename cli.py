@@ -283,11 +283,12 @@ def fresh_folder(name: str) -> Path:
             folder = Path("runs", f"{stem}-{count}")
 
 
-def newest_run(name: str) -> Path:
-    """The newest file `runs/*/NAME` below the working folder."""
-    found = sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+def newest_run(*names: str) -> Path:
+    """The newest file `runs/*/NAME` below the working folder, of any of the names."""
+    found = [path for name in names for path in Path("runs").glob(f"*/{name}")]
+    found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UsageError(f"there is no runs/*/{name} here; run train.py first, or name a file")
+        raise UsageError(f"there is no runs/*/{names[0]} here; run train.py first, or name a file")
     return found[-1]
 
 
@@ -359,7 +360,8 @@ def run(parser: Parser, main: Callable[[argparse.Namespace], object]) -> NoRetur
 
 
 class _Unread:
-    """A text stream whose reader may leave: what comes after is lost, the work goes on."""
+    """A text stream that may break: its reader may leave, or its disk be full. What comes after is
+    lost, the work goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -368,12 +370,12 @@ class _Unread:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self._stream.flush()
 
 

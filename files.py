@@ -16,10 +16,10 @@ UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+def replacing(path: str | Path, mode: str = "wb", previous: Path | None = None) -> Iterator[IO]:
     """Open a file that takes the place of `path` in one step when the block ends well; until
-    then, and if it fails, `path` stays as it was. When the block has ended the file is on the
-    disk, not only in memory."""
+    then, and if it fails, `path` stays as it was, and so does `previous`, which then becomes what
+    `path` was. When the block has ended the file is on the disk, not only in memory."""
     path = Path(path).resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,6 +27,8 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous:
+            keep_previous(path, previous)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from cli import FLOWER_PHOTOS, SAMPLE, RunError, UsageError, notice
@@ -247,13 +248,13 @@ def fingerprint(root: str | Path, *sides: list[str]) -> str:
     """Changes with the names and sizes of the pictures on each side, not with the place of the
     folder."""
     digest = hashlib.sha256()
+    place = cache(lambda folder: os.path.relpath(folder, root))
     for side in sides:
         digest.update(b"side\0")
         for path in side:
+            folder, name = os.path.split(path)
             with suppress(OSError):  # gone meanwhile
-                size = _size(path)
-                name = os.path.relpath(path, root)
-                digest.update(os.fsencode(f"{name}\0{size}\0"))
+                digest.update(os.fsencode(f"{place(folder)}/{name}\0{_size(path)}\0"))
     return digest.hexdigest()
 
 

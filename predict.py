@@ -124,9 +124,9 @@ def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], No
         say = cli.say if args.save_plot or args.show else partial(print, flush=True)
         yield lambda result: say(form(result))
         return
-    # Not renamed at the end: whoever interrupts keeps the whole lines written so far.
     from files import UTF8, cells
 
+    # Not renamed at the end: whoever interrupts keeps the whole lines written so far.
     with open(args.output, "w", buffering=1, **UTF8) as file:
         if args.output.lower().endswith(".jsonl"):
             yield lambda result: print(json.dumps(result), file=file)

@@ -46,7 +46,7 @@ def find(resume: str, output_dir: str | None) -> tuple[Path, bool]:
         if not named:
             path /= "last.pth"
     else:
-        path, named = cli.newest_run("last.pth"), False
+        path, named = cli.newest_run("last.pth", "previous.pth").with_name("last.pth"), False
     if named or not holds_run(path.parent):
         cli.require_path(path, "--resume")
     if output_dir and holds_run(output_dir) and Path(output_dir).resolve() != path.parent.resolve():
@@ -74,7 +74,7 @@ def load(path: Path, named: bool) -> tuple[dict, Path]:
         notice(f"{f'{path} is gone' if gone else error}; going on from {previous}")
         state, path = checkpoint.load(previous), previous
     if not state.keys() >= PARTS | {"args"} or not isinstance(state["history"], list):
-        raise UsageError(f"--resume {path}: not the last.pth of a run")
+        raise UsageError(f"--resume {path}: not the last.pth of a run, or of another version")
     return state, path
 
 
@@ -119,10 +119,11 @@ def check(state: dict, now: dict, shapes: list[tuple], classes: int, path: Path)
     examples = {
         "history": [row],
         "best": {"accuracy": 0.0, "epoch": 0, "confusion": confusion} if state["history"] else None,
-        "scaler": now["scaler"],
         "head": now["head"],
         "pictures": "",
     }
+    if now["scaler"] and state["scaler"] != {}:  # else it is not loaded: another device
+        examples["scaler"] = now["scaler"]
     if state["position"] is not None:
         examples["position"] = {"step": 0, "seen": 0, "sums": torch.zeros(2)}
     for name, example in examples.items():
@@ -152,10 +153,19 @@ def _alike(value: object, example: object) -> bool:
     if isinstance(example, torch.Tensor):
         from checkpoint import is_plain
 
-        return is_plain(value) and (value.shape, value.dtype) == (example.shape, example.dtype)
+        same = is_plain(value) and (value.shape, value.dtype) == (example.shape, example.dtype)
+        return same and bool(value.isfinite().all())
     if isinstance(example, float):
         return math.isfinite(value)
     return not isinstance(example, int) or 0 <= value < 2**31
+
+
+def momenta(state: dict) -> dict:
+    """Those of a checked state, each in memory of its own: in a file they may overlap."""
+    return {
+        index: {name: value.detach().clone() for name, value in buffers.items()}
+        for index, buffers in state["optimizer"]["state"].items()
+    }
 
 
 def bring(resumed: Path, output_dir: Path, history: list[dict]) -> None:
@@ -174,7 +184,5 @@ def bring(resumed: Path, output_dir: Path, history: list[dict]) -> None:
 def save_last(output_dir: Path, state: dict) -> None:
     """Write last.pth; what it was becomes previous.pth."""
     import checkpoint
-    from files import keep_previous
 
-    keep_previous(output_dir / "last.pth", output_dir / "previous.pth")
-    checkpoint.save(state, output_dir / "last.pth")
+    checkpoint.save(state, output_dir / "last.pth", previous=output_dir / "previous.pth")

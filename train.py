@@ -248,12 +248,13 @@ def main(args: argparse.Namespace) -> dict:
                 "never been stopped"
             )
         groups = optimizer.state_dict()["param_groups"]  # as the options say
-        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        scaler.load_state_dict(state["scaler"])
+        optimizer.load_state_dict({"state": resume.momenta(state), "param_groups": groups})
+        if state["scaler"] != {}:
+            scaler.load_state_dict(state["scaler"])
         history, best, position = state["history"], state["best"], state["position"]
         if cached:
             head = state["head"]
-            learner.load_state_dict(head["weights"])
+            learner.load_state_dict(dict(head["weights"]))  # without attributes of the file
             for loader in (train_loader, val_loader):  # the scales that the head was trained on
                 loader.mean, loader.std = (head[name].to(device) for name in ("mean", "std"))
 

@@ -15,6 +15,27 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 
 
+def run_train(*args):
+    import train
+
+    return train.main(train.build_parser().parse_args([*map(str, args)]))
+
+
+def small(flowers, folder, *more):
+    """Options of a run that takes a second or two."""
+    name = "shufflenet_v2_x0_5"
+    return ["--data-path", flowers, "--model", name, "--output-dir", folder, "-j", 0, *more]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder, with an empty cache."""
+    import features
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def flowers(tmp_path_factory):
     """A small data set: five classes of eight drawn pictures."""

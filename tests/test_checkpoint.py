@@ -340,3 +340,10 @@ def test_the_class_names_of_the_repository_are_those_of_flower_photos():
     path = os.path.join(os.path.dirname(checkpoint.__file__), "class_indices.json")
     with open(path) as file:
         assert list(json.load(file)) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"0": "\\ud800"}', '{"0": 5}', '{"1": "a"}'])
+def test_class_indices_that_are_none_are_one_line(tmp_path, text):
+    (tmp_path / "class_indices.json").write_text(text)
+    with pytest.raises(UsageError, match='expected {"0": "NAME", "1": ...} without a gap'):
+        checkpoint.read_class_indices(tmp_path / "class_indices.json")

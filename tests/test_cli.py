@@ -188,6 +188,18 @@ cli.run(argparse.ArgumentParser(), main)
     assert out == (b"result\n" if stream == "stderr" else b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_below_stderr_ends_no_work():
+    script = """
+import argparse, cli
+cli.run(argparse.ArgumentParser(), lambda args: [cli.notice("working"), print("result")])
+"""
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-c", script]
+        result = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=full, timeout=30)
+    assert (result.returncode, result.stdout) == (0, b"result\n")
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_closed_stream_is_nowhere(closed, tmp_path):
     script = """

@@ -12,33 +12,17 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_train, small
 from PIL import Image
 
 import checkpoint
 import eval as evaluate_script
-import features
 import files
 import soak
-import train
-import utils
 from cli import RunError, UsageError
 from files import cells, locked, replacing, save_json, save_rows
 
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
-
-
-def run_train(*args):
-    return train.main(train.build_parser().parse_args([str(arg) for arg in args]))
-
-
-def options(flowers, folder, *more):
-    name = "shufflenet_v2_x0_5"
-    return ["--data-path", flowers, "--model", name, "--output-dir", folder, "-j", 0, *more]
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 # -- stopped -------------------------------------------------------------------------------------
@@ -75,8 +59,8 @@ cli.run(train.build_parser(), train.main)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_is_stopped_at_some_step_goes_on_as_if_it_had_not_been(flowers, tmp_path, kind):
     more, signum, moments = KINDS[kind]
-    run_train(*options(flowers, tmp_path / "whole", *more))
-    arguments = options(flowers, tmp_path / "parts", *more)
+    run_train(*small(flowers, tmp_path / "whole", *more))
+    arguments = small(flowers, tmp_path / "parts", *more)
     for at in moments:
         words = [sys.executable, "-c", SIGNALLED, at, signum.value, *arguments]
         result = subprocess.run(
@@ -120,7 +104,7 @@ def test_a_signal_to_all_finishes_the_step_and_a_second_one_ends_at_once(
 ):
     words = [sys.executable, "-c", TO_ALL, signum.value]
     out = tmp_path / "out"
-    process = start([*words, *options(flowers, out, "-j", 1, "--batch-size", 4)])
+    process = start([*words, *small(flowers, out, "-j", 1, "--batch-size", 4)])
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err.decode()
     assert err.decode().splitlines()[-1].startswith("error: stopped after 0 epochs, all is saved")
@@ -152,7 +136,7 @@ def wait_for(path, process, newer_than=0):
 
 
 def test_a_signal_before_training_ends_in_one_line(tmp_path, flowers):
-    words = [sys.executable, ROOT / "train.py", *options(flowers, tmp_path / "out")]
+    words = [sys.executable, ROOT / "train.py", *small(flowers, tmp_path / "out")]
     process = start(words)
     time.sleep(0.7)  # torch is being imported
     process.send_signal(signal.SIGTERM)
@@ -183,85 +167,8 @@ def test_the_harness_sees_a_single_bit(run_dir, tmp_path):
 # -- damaged, doubled, full ----------------------------------------------------------------------
 
 
-def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(
-    flowers, tmp_path, run_dir, capsys
-):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_train(*options(flowers, whole, "--epochs", 3))
-    shutil.copytree(run_dir, parts)
-    (parts / "last.pth").write_bytes((parts / "last.pth").read_bytes()[:-1000])
-    with pytest.raises(RunError, match=r"last\.pth: damaged, or"):
-        run_train("--resume", parts / "last.pth")
-    run_train("--resume", parts, "--epochs", 3)
-    assert "last.pth: " in (err := capsys.readouterr().err)
-    assert f"going on from {parts / 'previous.pth'}" in err
-    assert [row["epoch"] for row in checkpoint.load(parts / "last.pth")["history"]] == [1, 2, 3]
-
-
-def test_resume_takes_the_checkpoint_before_one_that_is_gone(tmp_path, run_dir, capsys):
-    shutil.copytree(run_dir, tmp_path / "out")
-    (tmp_path / "out" / "last.pth").unlink()
-    with pytest.raises(UsageError, match="holds a run; add --resume"):
-        run_train(*options(tmp_path, tmp_path / "out"))
-    with pytest.raises(UsageError, match="holds another run than"):
-        run_train("--resume", run_dir, "--output-dir", tmp_path / "out")
-    assert run_train("--resume", tmp_path / "out")["epochs"] == 2
-    assert f"last.pth is gone; going on from {tmp_path / 'out' / 'previous.pth'}" in (
-        capsys.readouterr().err
-    )
-    soak.compare(run_dir, tmp_path / "out")
-
-
-@pytest.mark.parametrize("change", ["removed", "renamed", "replaced", "moved"])
-def test_resume_says_when_the_pictures_are_others(flowers, tmp_path, run_dir, capsys, change):
-    shutil.copytree(flowers, tmp_path / "d")
-    picture = tmp_path / "d" / "roses" / "roses_003.jpg"
-    if change == "removed":
-        picture.unlink()
-    elif change == "renamed":
-        picture.rename(picture.with_name("zzz.jpg"))
-    elif change == "replaced":
-        picture.write_bytes(picture.read_bytes() + b"\0")
-    run_train("--resume", run_dir, "--data-path", tmp_path / "d", "--output-dir", tmp_path / "out")
-    said = "the pictures are not those the run began with" in capsys.readouterr().err
-    assert said == (change != "moved")
-
-
-def test_a_run_that_ends_between_its_two_checkpoints_loses_neither(flowers, tmp_path, monkeypatch):
-    words = ["--epochs", 1, "--train-size", 64]
-    run_train(*options(flowers, tmp_path / "whole", *words))
-    save, left = checkpoint.save, 2
-
-    def save_some(state, path):
-        nonlocal left
-        left -= 1
-        if not left:
-            raise OSError(28, "No space left on device")
-        save(state, path)
-
-    monkeypatch.setattr(checkpoint, "save", save_some)
-    out = tmp_path / "out"
-    with pytest.raises(OSError, match="No space"):
-        run_train(*options(flowers, out, *words))
-    # Whichever is written first, what there is to go on with must lead to both.
-    run_train(
-        *(["--resume", out] if (out / "last.pth").exists() else options(flowers, out, *words))
-    )
-    soak.compare(tmp_path / "whole", out)
-
-
-def test_a_resumed_run_keeps_the_scale_of_float16(flowers, tmp_path, monkeypatch):
-    """As of an old GPU."""
-    monkeypatch.setattr(utils, "amp_dtype", lambda device, amp: torch.float16)
-    words = ["--train-size", 64, "--epochs"]
-    run_train(*options(flowers, tmp_path / "whole", *words, 2))
-    run_train(*options(flowers, tmp_path / "parts", *words, 1))
-    run_train("--resume", tmp_path / "parts", "--epochs", 2)
-    soak.compare(tmp_path / "whole", tmp_path / "parts")
-
-
 def test_a_second_run_is_refused_until_the_first_is_killed(flowers, tmp_path):
-    words = [sys.executable, ROOT / "train.py", *options(flowers, tmp_path / "out")]
+    words = [sys.executable, ROOT / "train.py", *small(flowers, tmp_path / "out")]
     # Its workers live on for some seconds when it is killed.
     process = start([*words, "--epochs", 1000, "--workers", 2])
     wait_for(tmp_path / "out" / "metrics.csv", process)
@@ -290,7 +197,7 @@ def test_a_run_that_another_overtook_does_not_write_over_it(flowers, tmp_path, m
 
     monkeypatch.setattr(files, "locked", late)
     with pytest.raises(UsageError, match="holds a run"):
-        run_train(*options(flowers, tmp_path / "out", "--epochs", 1))
+        run_train(*small(flowers, tmp_path / "out", "--epochs", 1))
     assert (tmp_path / "out" / "last.pth").read_bytes() == b"of the other"
 
 
@@ -299,30 +206,6 @@ def test_what_a_run_killed_in_a_write_left_is_removed(run_dir, tmp_path):
     (tmp_path / "out" / ".best.pth.123.tmp").write_bytes(b"half")
     run_train("--resume", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tmp"))
-
-
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(run_dir, tmp_path, monkeypatch):
-    """Resumed from the one before, and stopped by a full disk at the next checkpoint."""
-    shutil.copytree(run_dir, tmp_path / "out")
-    (tmp_path / "out" / "last.pth").write_bytes(b"damaged")
-    good = (tmp_path / "out" / "previous.pth").read_bytes()
-
-    def fail(state, path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        run_train("--resume", tmp_path / "out")
-    assert (tmp_path / "out" / "last.pth").read_bytes() == good
-    assert (tmp_path / "out" / "previous.pth").read_bytes() == good
-
-
-def test_metrics_of_a_run_killed_before_it_wrote_them_are_made_up(tmp_path, run_dir):
-    shutil.copytree(run_dir, tmp_path / "out")
-    (tmp_path / "out" / "metrics.csv").unlink()
-    run_train("--resume", tmp_path / "out")
-    expected = (run_dir / "metrics.csv").read_bytes()
-    assert (tmp_path / "out" / "metrics.csv").read_bytes() == expected
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
@@ -365,7 +248,7 @@ def test_what_fails_while_it_is_written_leaves_the_file_before(tmp_path, write, 
 
 def test_a_full_disk_ends_with_a_clear_line_and_the_last_good_checkpoint(shell, flowers, tmp_path):
     """The limit on the size of files stands for the disk: checkpoints no longer fit."""
-    words = options(flowers, tmp_path / "out", "--epochs", 2)
+    words = small(flowers, tmp_path / "out", "--epochs", 2)
     run_train(*words)
     before = (tmp_path / "out" / "last.pth").read_bytes()
     limited = f"ulimit -f 500; exec {sys.executable} {ROOT / 'train.py'} --resume out --epochs 4"
@@ -394,7 +277,7 @@ def damaged(flowers, tmp_path):
 
 @pytest.mark.parametrize("more", [["-j", 0], ["-j", 2], ["--freeze-layers"]])
 def test_bad_pictures_are_named_once_and_passed_over(damaged, tmp_path, capsys, more):
-    summary = run_train(*options(damaged, tmp_path / "out", "--epochs", 3, *more))
+    summary = run_train(*small(damaged, tmp_path / "out", "--epochs", 3, *more))
     err = capsys.readouterr().err
     assert err.count("skipped: ") == 2
     assert err.count("roses_001.jpg: not a picture") == 1
@@ -405,17 +288,17 @@ def test_bad_pictures_are_named_once_and_passed_over(damaged, tmp_path, capsys, 
 
 def test_cached_features_hide_no_bad_picture_from_the_next_run(damaged, tmp_path, capsys):
     for name in ("one", "two"):
-        run_train(*options(damaged, tmp_path / name, "--epochs", 1, "--freeze-layers"))
+        run_train(*small(damaged, tmp_path / name, "--epochs", 1, "--freeze-layers"))
         assert "tulips_002.jpg: " in capsys.readouterr().err
 
 
 def test_fail_stops_at_the_first(damaged, tmp_path):
     more = ["--epochs", 1, "--on-bad-image", "fail"]
     with pytest.raises(OSError, match=r"roses_001\.jpg: not a picture"):
-        run_train(*options(damaged, tmp_path / "out", *more))
+        run_train(*small(damaged, tmp_path / "out", *more))
     (damaged / "roses" / "roses_001.jpg").unlink()
     with pytest.raises(OSError, match=r"tulips_002\.jpg: "):
-        run_train(*options(damaged, tmp_path / "out", *more))
+        run_train(*small(damaged, tmp_path / "out", *more))
 
 
 @pytest.mark.parametrize("content", [b"", None])
@@ -424,10 +307,10 @@ def test_a_broken_disk_does_not_look_like_a_small_data_set(flowers, tmp_path, co
     shutil.copytree(flowers, tmp_path / "d")
     for index, path in enumerate(sorted((tmp_path / "d").glob("*/*"))[:5]):
         if index == 4:
-            run_train(*options(tmp_path / "d", tmp_path / "out", "--epochs", 1))
+            run_train(*small(tmp_path / "d", tmp_path / "out", "--epochs", 1))
         path.write_bytes(path.read_bytes()[:700] if content is None else content)
     with pytest.raises(RunError, match="5 of 40 pictures cannot be read, more than 10%"):
-        run_train(*options(tmp_path / "d", tmp_path / "out2", "--epochs", 1))
+        run_train(*small(tmp_path / "d", tmp_path / "out2", "--epochs", 1))
 
 
 def test_a_picture_that_vanishes_while_training_is_passed_over(
@@ -444,7 +327,7 @@ def test_a_picture_that_vanishes_while_training_is_passed_over(
         return kept
 
     monkeypatch.setattr(folders.BadPictures, "scan", scan_then_lose)
-    run_train(*options(tmp_path / "d", tmp_path / "out", "--epochs", 2))
+    run_train(*small(tmp_path / "d", tmp_path / "out", "--epochs", 2))
     assert capsys.readouterr().err.count("skipped: ") == 1
 
 
@@ -470,7 +353,7 @@ def test_names_of_any_kind_work_from_training_to_the_table(tmp_path, shell):
         for index in range(4):
             picture = Image.effect_noise((64, 64), 10 + 20 * number).convert("RGB")
             picture.save(tmp_path / "d" / name / f"{name[:200]} {index}.png")
-    run_train(*options(tmp_path / "d", tmp_path / "out", "--epochs", 1, "--val-rate", 0.25))
+    run_train(*small(tmp_path / "d", tmp_path / "out", "--epochs", 1, "--val-rate", 0.25))
     names = json.loads((tmp_path / "out" / "class_indices.json").read_text())
     assert list(names.values()) == sorted(NAMES)
     words = ["--weights", "out/best.pth", "--data-path", "d", "--output-dir", "e"]

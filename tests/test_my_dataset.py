@@ -274,6 +274,7 @@ def test_so_does_one_that_a_worker_process_meets(tmp_path, paths):
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
     assert (run.returncode, run.stdout) == (1, "ImageError\n")
     assert run.stderr == f"error: {bad}: image file is truncated\n"

@@ -184,3 +184,6 @@ def test_a_loop_is_refused_before_it_runs(onnx_file, tmp_path, asked):
     onnx.save(model, tmp_path / "loop.onnx")
     with pytest.raises(RunError, match=r"loop\.onnx: holds a loop"):
         open_network(tmp_path / "loop.onnx", runtime=asked)
+    (tmp_path / "loop.onnx").write_bytes(b"\x22\x84\x00Loop")  # its length in two bytes
+    with pytest.raises(RunError, match=r"loop\.onnx: holds a loop"):
+        open_network(tmp_path / "loop.onnx", runtime=asked)

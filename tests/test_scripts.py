@@ -14,22 +14,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, run_train, small
 from PIL import Image
 
 import checkpoint
 import eval as evaluate_script
-import features
 import predict
 import train
 from cli import RunError, UsageError
 from model import build_model
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 CLASSES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
-
-
-def run_train(*args):
-    return train.main(train.build_parser().parse_args([str(arg) for arg in args]))
 
 
 def run_eval(*args):
@@ -38,18 +35,6 @@ def run_eval(*args):
 
 def run_predict(*args):
     return predict.main(predict.build_parser().parse_args([*map(str, args)]))
-
-
-def small(flowers, folder, *more):
-    """Options of a run that takes a second or two."""
-    name = "shufflenet_v2_x0_5"
-    return ["--data-path", flowers, "--model", name, "--output-dir", folder, "-j", 0, *more]
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -226,12 +226,17 @@ def test_parts_of_a_batch_on_their_cores_take_the_steps_of_the_whole(frozen):
         network = build_model("shufflenet_v2_x0_5", 3)
         if frozen:
             utils.freeze_batch_norm(network)
+        sizes = []
+        network.register_forward_hook(lambda module, x, y, sizes=sizes: sizes.append(len(y)))
         data = TensorDataset(torch.randn(16, 3, 64, 64), torch.arange(16) % 3)
         loader = DataLoader(data, batch_size=8)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             trained = utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=0)
+            count = torch.get_num_threads()  # of a machine with fewer cores not `threads`
+            parts = [len(part) for part in torch.arange(8).chunk(count if frozen else 1)]
+            assert sorted(sizes) == sorted(parts * 2)
             validated = utils.evaluate(network, loader, CPU)
         finally:
             torch.set_num_threads(before)
