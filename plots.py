@@ -73,7 +73,8 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: 
     n = len(classes)
     large = n > 20
     side = min(0.19 * n, 36) if large else 3 + 0.55 * n
-    figure = Figure(figsize=(side + 1.5, side + 1), dpi=150, layout="constrained")
+    # "compressed" is for axes that stay square; "constrained" cuts off their label.
+    figure = Figure(figsize=(side + 1.5, side + 1), dpi=150, layout="compressed")
     axes = figure.subplots()
     shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)  # (n,n)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -48,6 +48,10 @@ def test_confusion_matrix_names_every_class_and_overlaps_none(tmp_path, count):
     assert [text.get_text() for text in axes.texts] == ["7", "3"] + ["7"] * (count - 1)
     assert axes.texts[1].get_position() == (1, 0)  # row 0 is the truth, column 1 the prediction
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("truth", "prediction")
+    for label in (axes.yaxis.label, axes.xaxis.label):
+        box = label.get_window_extent()
+        assert min(box.extents) >= 0  # on the picture
+        assert (box.max <= figure.bbox.max).all()
 
 
 def test_confusion_matrix_of_a_thousand_classes_is_drawn_without_names(tmp_path):
