@@ -244,17 +244,14 @@ def _digest(path: str) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def fingerprint(root: str | Path, *sides: list[str]) -> str:
-    """Changes with the names and sizes of the pictures on each side, not with the place of the
-    folder."""
+def fingerprint(root: str | Path, paths: list[str]) -> str:
+    """Changes with the order, names and sizes of the pictures, not with the place of the folder."""
     digest = hashlib.sha256()
     place = cache(lambda folder: os.path.relpath(folder, root))
-    for side in sides:
-        digest.update(b"side\0")
-        for path in side:
-            folder, name = os.path.split(path)
-            with suppress(OSError):  # gone meanwhile
-                digest.update(os.fsencode(f"{place(folder)}/{name}\0{_size(path)}\0"))
+    for path in paths:
+        folder, name = os.path.split(path)
+        with suppress(OSError):  # gone meanwhile
+            digest.update(os.fsencode(f"{place(folder)}/{name}\0{_size(path)}\0"))
     return digest.hexdigest()
 
 

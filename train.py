@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> dict:
     val = folders.with_labels(val_pictures, classes)
     bad = folders.BadPictures(len(train[0]) + len(val[0]), skip=args.on_bad_image == "skip")
     train, val = bad.scan(*train), bad.scan(*val)
-    fingerprint = folders.fingerprint(root, train[0], val[0])
+    fingerprint = folders.fingerprint(root, train[0] + val[0])
     counts = f"{len(train[0])} pictures to train, {len(val[0])} to validate"
     notice(f"{counts}, in {len(classes)} classes")
 
