@@ -23,8 +23,10 @@ def run_train(*args):
 
 def small(flowers, folder, *more):
     """Options of a run that takes a second or two."""
-    name = "shufflenet_v2_x0_5"
-    return ["--data-path", flowers, "--model", name, "--output-dir", folder, "-j", 0, *more]
+    words = ["--data-path", flowers, "--model", "shufflenet_v2_x0_5", "--output-dir", folder]
+    if not {"--freeze-layers", "--resume"} & set(more):  # cached features are of whole pictures
+        words += ["--train-size", 64]
+    return [*words, "-j", 0, *more]
 
 
 @pytest.fixture

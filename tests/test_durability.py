@@ -30,13 +30,9 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 # What is trained, the signal, and in which forward pass it comes to the first process, the next
 # ... : a first step, a middle one, validation.
 KINDS = {
-    "all layers": (["--epochs", 3, "--train-size", 64], signal.SIGTERM, [1, 4]),
-    "bfloat16": (["--epochs", 1, "--train-size", 64, "--amp"], signal.SIGINT, [2]),
-    "cached features": (
-        ["--epochs", 3, "--freeze-layers", "--batch-size", 8],
-        signal.SIGINT,
-        [2, 4],
-    ),
+    "all layers": (["--epochs", 3], signal.SIGTERM, [1, 4]),
+    "bfloat16": (["--epochs", 1, "--amp"], signal.SIGINT, [2]),
+    "cached features": (["--epochs", 3, "--freeze-layers", "--batch-size", 8], signal.SIGINT, [4]),
 }
 
 SIGNALLED = """
@@ -147,9 +143,9 @@ def test_a_signal_before_training_ends_in_one_line(tmp_path, flowers):
 
 def test_a_run_killed_at_random_moments_loses_nothing():
     """`make soak` does the same for an hour."""
-    args = soak.build_parser().parse_args(["--kills", "2", "--kinds", "cached features"])
+    args = soak.build_parser().parse_args(["--kills", "1", "--kinds", "cached features"])
     summary = soak.main(args)
-    assert summary["kills"] >= 2
+    assert summary["kills"] >= 1
     assert summary["runs"] >= 1
 
 

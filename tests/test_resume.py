@@ -60,7 +60,7 @@ def test_resume_says_when_the_pictures_are_others(flowers, tmp_path, run_dir, ca
 
 
 def test_a_run_that_ends_between_its_two_checkpoints_loses_neither(flowers, tmp_path, monkeypatch):
-    words = ["--epochs", 1, "--train-size", 64]
+    words = ["--epochs", 1]
     run_train(*small(flowers, tmp_path / "whole", *words))
     save, left = checkpoint.save, 2
 
@@ -83,9 +83,8 @@ def test_a_run_that_ends_between_its_two_checkpoints_loses_neither(flowers, tmp_
 def test_a_resumed_run_keeps_the_scale_of_float16(flowers, tmp_path, monkeypatch):
     """As of an old GPU."""
     monkeypatch.setattr(utils, "amp_dtype", lambda device, amp: torch.float16)
-    words = ["--train-size", 64, "--epochs"]
-    run_train(*small(flowers, tmp_path / "whole", *words, 2))
-    run_train(*small(flowers, tmp_path / "parts", *words, 1))
+    run_train(*small(flowers, tmp_path / "whole", "--epochs", 2))
+    run_train(*small(flowers, tmp_path / "parts", "--epochs", 1))
     run_train("--resume", tmp_path / "parts", "--epochs", 2)
     soak.compare(tmp_path / "whole", tmp_path / "parts")
 
@@ -193,7 +192,7 @@ def test_attributes_of_a_saved_head_are_not_obeyed(flowers, tmp_path):
 
 def test_a_run_in_float16_goes_on_where_there_is_none(flowers, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "amp_dtype", lambda device, amp: torch.float16)
-    run_train(*small(flowers, tmp_path / "out", "--train-size", 64, "--epochs", 1))
+    run_train(*small(flowers, tmp_path / "out", "--epochs", 1))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert run_train("--resume", tmp_path / "out", "--epochs", 2)["epochs"] == 2
