@@ -7,6 +7,8 @@
 
 PYTHON ?= python3
 VENV = .venv/bin/python
+# Python compiles what it imports, a fraction of what pip would: half of the time of installing.
+INSTALL = $(VENV) -m pip install --quiet --no-compile
 CACHE = .cache
 
 export TMPDIR := $(CURDIR)/$(CACHE)/tmp
@@ -36,9 +38,9 @@ clean:
 .venv/installed: requirements.txt
 	mkdir -p $(CACHE)/tmp
 	$(PYTHON) -m venv .venv
-	$(VENV) -m pip install --quiet -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt requirements-deploy.txt .venv/installed
-	$(VENV) -m pip install --quiet -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
