@@ -40,16 +40,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 MODELS = [f"shufflenet_v2_{width}" for width in ("x0_5", "x1_0", "x1_5", "x2_0")]
 PARALLEL = ", a batch a core"
 SCRIPTS = ("plain.py", "predict.py", "export.py")
-# Runs of train.py by what is trained: what is added to the name of the row, and the options of each
-# process; the second goes on with the weights of the first.
-FASTER = ["--freeze-bn", "--train-size", "176"]
+# Runs of train.py by what is trained: what is added to the name of the row, and the options.
+FASTER = "--freeze-bn --train-size 176"
+RECIPE = f"--fc-first --lr 0.001 {FASTER}"
 OURS = {
-    "fc": {", first run": [["--freeze-layers"]], ", again": [["--freeze-layers"]]},
-    "all": {
-        "": [[]],
-        f" {' '.join(FASTER)}": [FASTER],
-        ", fc first, then so with --lr 0.001": [["--freeze-layers"], [*FASTER, "--lr", "0.001"]],
-    },
+    "fc": {", first run": "--freeze-layers", ", again": "--freeze-layers"},
+    "all": {"": "", f" {FASTER}": FASTER, f" {RECIPE}": RECIPE},
 }
 # train.py with a cache of features at the place named first.
 OUR_TRAINING = """
@@ -360,11 +356,11 @@ def measure_training(args: argparse.Namespace) -> dict:
                 plain = _run([*words, layers, args.epochs, seed, args.workers])
                 plain |= json.loads(plain.pop("output"))
                 runs.setdefault(f"{layers}: plain.py", []).append(plain)
-                for name, steps in OURS[layers].items():
+                for name, options in OURS[layers].items():
                     # A cache of its own for each seed: cold at first, then warm.
                     folder = Path(scratch, f"{seed}, {layers}{name}")
                     cache = f"{scratch}/cache, {seed}, {layers}"
-                    ours = _train(args, steps, seed, cache, folder)
+                    ours = _train(args, options, seed, cache, folder)
                     runs.setdefault(f"{layers}: train.py{name}", []).append(ours)
             notice(f"seed {seed} is done")
     rows = []
@@ -374,30 +370,24 @@ def measure_training(args: argparse.Namespace) -> dict:
         accuracy = [run["accuracy"] for run in runs[row["name"]]]
         row["accuracy, last epoch"] = round(statistics.mean(accuracy), 4)
         row["spread"] = round(statistics.stdev(accuracy), 4) if len(accuracy) > 1 else 0.0
-        rates = [run.get("images_per_second") for run in runs[row["name"]]]
+        rates = [run["images_per_second"] for run in runs[row["name"]]]
         row["img/s, last epoch"] = round(statistics.median(rates), 1) if all(rates) else ""
     options = f"{args.model}, {args.epochs} epochs, {args.seeds} seeds"
     return {"options": f"{options}, {args.workers} worker processes", "rows": rows}
 
 
-def _train(
-    args: argparse.Namespace, steps: list[list[str]], seed: int, cache: str, folder: Path
-) -> dict:
-    """train.py, once for each step; returns seconds of all and figures of the last."""
-    weights, seconds, peak = args.weights, 0.0, 0.0
-    for step, options in enumerate(steps, 1):
-        output_dir = folder / str(step)
-        words = ["-c", OUR_TRAINING, cache, "--data-path", args.data_path, "--weights", weights]
-        words += ["--model", args.model, "--seed", seed, "--workers", args.workers]
-        if step == len(steps):
-            words += ["--epochs", args.epochs]
-        done = _run([*words, *options, "--output-dir", output_dir])
-        weights = output_dir / "best.pth"
-        seconds, peak = seconds + done["seconds"], max(peak, done["megabytes"])
-    last = (output_dir / "metrics.csv").read_text().splitlines()[-1]
-    found = {"seconds": seconds, "megabytes": peak, "accuracy": float(last.split(",")[-1])}
+def _train(args: argparse.Namespace, options: str, seed: int, cache: str, folder: Path) -> dict:
+    """train.py, once."""
+    words = ["-c", OUR_TRAINING, cache, "--data-path", args.data_path, "--weights", args.weights]
+    words += ["--model", args.model, "--epochs", args.epochs, "--seed", seed]
+    words += ["--workers", args.workers, *options.split(), "--output-dir", folder]
+    done = _run(words)
+    last = (folder / "metrics.csv").read_text().splitlines()[-1]
     rates = re.findall(r" (\d+) img/s", done["output"])  # on cached features there are none
-    return found | ({"images_per_second": float(rates[-1])} if rates else {})
+    return done | {
+        "accuracy": float(last.split(",")[-1]),
+        "images_per_second": float(rates[-1]) if rates else None,
+    }
 
 
 # A process's peak memory counts what its parent had when it started it, so a small one starts it.

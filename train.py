@@ -71,6 +71,10 @@ def build_parser() -> cli.Parser:
         "--weight-decay: 0.03, 64, 0.1",
     )
     cli.add_switch(
+        network, "fc-first", False,
+        "train fc alone on cached features before all layers, which a fresh fc would spoil",
+    )  # fmt: skip
+    cli.add_switch(
         network, "freeze-bn", False,
         "leave batch norm as the weights have it: its statistics, scale and shift",
     )  # fmt: skip
@@ -207,11 +211,14 @@ def main(args: argparse.Namespace) -> dict:
     model.to(device, memory_format=torch.channels_last)
 
     # What is trained, and on what.
+    for_head = {"threads": args.workers + 1, "seed": args.seed, "bad": bad, "amp": amp}
+    if args.fc_first and not state:
+        accuracy = features.train_head(model, train, val, preprocessing, device, **for_head)
+        notice(f"fc alone reaches {accuracy:.4f}; now all layers")
     if cached:
         learner, train_loader, val_loader = features.head_and_loaders(
-            model, train, val, preprocessing, device,
-            batch_size=args.batch_size, threads=args.workers + 1, seed=args.seed, bad=bad, amp=amp,
-        )  # fmt: skip
+            model, train, val, preprocessing, device, batch_size=args.batch_size, **for_head
+        )
         amp = None  # the head is a single small layer
     else:
         learner = model
@@ -378,6 +385,10 @@ def _check_paths(args: argparse.Namespace) -> tuple[Path | None, bool]:
     cli.require_data(args.data_path)
     if args.weights not in ("", "imagenet"):
         cli.require_path(args.weights, "--weights")
+    if args.fc_first and args.freeze_layers:
+        raise UsageError("--fc-first: with --freeze-layers fc is all there is; leave one out")
+    if args.fc_first and not args.weights:
+        raise UsageError("--fc-first: fc would learn what random layers see; add --weights")
     if args.output_dir and resume.holds_run(args.output_dir):
         raise UsageError(_HOLDS_A_RUN.format(args.output_dir))
     return None, False

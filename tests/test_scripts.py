@@ -165,9 +165,33 @@ def test_the_same_seed_trains_the_same_weights_for_any_workers(flowers, tmp_path
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
 
 
-@pytest.mark.parametrize("more", [[], ["--freeze-layers"]], ids=["all layers", "cached features"])
-def test_two_epochs_and_two_more_are_four(flowers, tmp_path, monkeypatch, more):
+def test_fc_first_trains_what_freeze_layers_trains_and_then_all(
+    flowers, tmp_path, torchvision_file, capsys
+):
+    weights = ["--weights", torchvision_file]
+    run_train(*small(flowers, tmp_path / "fc", *weights, "--freeze-layers"))
+    still = ["--lr", 1e-30, "--freeze-bn", "--epochs", 1]
+    run_train(*small(flowers, tmp_path / "all", *weights, "--fc-first", *still))
+    frozen, whole = (
+        torch.load(tmp_path / n / "last.pth", weights_only=True) for n in ("fc", "all")
+    )
+    for key in frozen["model"]:
+        assert torch.equal(frozen["model"][key], whole["model"][key]), key
+    assert len(whole["optimizer"]["state"]) > 2
+    accuracy = frozen["history"][-1]["val_accuracy"]
+    assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
+    for wrong, message in (
+        ([*weights, "--freeze-layers"], "with --freeze-layers fc is all there is"),
+        ([], "fc would learn what random layers see; add --weights"),
+    ):
+        with pytest.raises(UsageError, match=f"--fc-first: {message}"):
+            run_train(*small(flowers, tmp_path / "no", "--fc-first", *wrong))
+
+
+@pytest.mark.parametrize("more", ["", "--freeze-layers", "--fc-first --freeze-bn --lr 1e-5"])
+def test_two_epochs_and_two_more_are_four(flowers, tmp_path, torchvision_file, monkeypatch, more):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = more and ["--weights", torchvision_file, *more.split()]
     run_train(*small(flowers, whole, "--epochs", 4, *more))
 
     def stop_in_the_third(*args, **kwargs):
