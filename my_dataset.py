@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from folders import BadPictures
-from image import ImageError, load_rgb, resize_and_crop
+from image import IMAGENET_MEAN, ImageError, load_rgb, resize_and_crop
 
 
 class MyDataSet(Dataset):
@@ -69,17 +69,23 @@ class MyDataSet(Dataset):
         return torch.stack(images), torch.tensor(labels)
 
 
-def train_transform(size: int) -> Callable[[Image.Image], Tensor]:
-    """Random crop of 8 to 100 % of the area and random mirroring; gives uint8 (3, size, size)."""
+def train_transform(size: int, random_erase: float = 0.0) -> Callable[[Image.Image], Tensor]:
+    """Random crop of 8 to 100 % of the area and random mirroring; gives uint8 (3, size, size).
+
+    With the probability `random_erase` a rectangle of 2 to 33 % of it becomes the mean colour
+    (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020).
+    """
     from torchvision import transforms  # a second of import that only training needs
 
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size),
-            transforms.RandomHorizontalFlip(),
-            transforms.PILToTensor(),
-        ]
-    )
+    steps = [
+        transforms.RandomResizedCrop(size),
+        transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
+    ]
+    if random_erase:
+        colour = [round(255 * value) for value in IMAGENET_MEAN]
+        steps.append(transforms.RandomErasing(random_erase, value=colour))
+    return transforms.Compose(steps)
 
 
 def eval_transform(preprocessing: dict) -> Callable[[Image.Image], Tensor]:

@@ -115,6 +115,10 @@ def build_parser() -> cli.Parser:
         "network is evaluated)",
     )  # fmt: skip
     training.add_argument(
+        "--random-erase", type=cli.number(float, 0, 1), default=0.0, metavar="SHARE",
+        help="of so many pictures to train on a random rectangle is hidden",
+    )  # fmt: skip
+    training.add_argument(
         "--patience", type=cli.number(int, 1), metavar="N",
         help="stop when so many epochs have brought nothing better",
     )  # fmt: skip
@@ -165,11 +169,12 @@ def main(args: argparse.Namespace) -> dict:
         state, resume_from = resume.load(resume_from, named)
         args = resume.options_of_run(build_parser(), args, state, resume_from)
     cached = args.freeze_layers and args.cache_features
-    if cached and args.train_size:
-        raise UsageError(
-            "--train-size: cached features are of whole pictures; leave it out, or add "
-            "--no-cache-features"
-        )
+    for name in ("train_size", "random_erase"):
+        if cached and getattr(args, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: cached features are of whole pictures; leave it "
+                "out, or add --no-cache-features"
+            )
     if cached and not state:  # what the user typed wins
         vars(args).update({k: v for k, v in features.RECIPE.items() if k not in args.given})
     device = utils.choose_device(args.device)
@@ -224,7 +229,7 @@ def main(args: argparse.Namespace) -> dict:
         learner = model
         options = {"batch_size": args.batch_size, "workers": args.workers, "bad": bad}
         size = args.train_size or preprocessing["crop"]
-        train_set = MyDataSet(*train, train_transform(size), args.seed)
+        train_set = MyDataSet(*train, train_transform(size, args.random_erase), args.seed)
         val_set = MyDataSet(*val, eval_transform(preprocessing))
         train_loader = DeviceLoader(train_set, device, preprocessing, shuffle=True, **options)
         val_loader = DeviceLoader(val_set, device, preprocessing, **options)

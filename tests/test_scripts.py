@@ -337,8 +337,29 @@ def test_training_may_be_smaller_than_evaluating(flowers, tmp_path, monkeypatch)
     run_train(*small(flowers, tmp_path / "out", "--epochs", 1, "--train-size", 96))
     assert seen == {(True, 96), (False, 224)}
     assert checkpoint.load(tmp_path / "out" / "best.pth")["preprocessing"]["crop"] == 224
-    with pytest.raises(UsageError, match="--train-size: cached features are of whole pictures"):
-        run_train(*small(flowers, tmp_path / "two", "--freeze-layers", "--train-size", 96))
+
+
+def test_cached_features_refuse_augmentation(flowers, tmp_path):
+    for option in (["--train-size", 96], ["--random-erase", 0.5]):
+        with pytest.raises(UsageError, match=f"{option[0]}: cached features are of whole pictures"):
+            run_train(*small(flowers, tmp_path / "two", "--freeze-layers", *option))
+
+
+def test_random_erase_reaches_the_pictures(flowers, tmp_path, monkeypatch):
+    """At 1 it hides a part of each picture to train on; those for validation stay."""
+    import model
+
+    hidden, forward = [], model.ShuffleNetV2.forward
+
+    def spy(self, x):
+        # The mean colour, 0 once normalised up to rounding, in 2 % of the picture or more.
+        share = (x.abs() < 0.01).all(1).float().mean((1, 2))
+        hidden.extend((self.training, bool(each > 0.019)) for each in share)
+        return forward(self, x)
+
+    monkeypatch.setattr(model.ShuffleNetV2, "forward", spy)
+    run_train(*small(flowers, tmp_path / "out", "--epochs", 1, "--random-erase", 1))
+    assert set(hidden) == {(True, True), (False, False)}
 
 
 def test_patience_ends_a_run_that_gets_no_better(flowers, tmp_path, capsys):
