@@ -110,7 +110,7 @@ def build_parser() -> cli.Parser:
         help="weight decay of SGD",
     )
     training.add_argument(
-        "--train-size", type=cli.number(int, 32, 1024), metavar="PIXELS",
+        "--train-size", type=cli.number(int, 64, 1024), metavar="PIXELS",
         help="side of the crops to train on, smaller is faster (when not said: 224, on which the "
         "network is evaluated)",
     )  # fmt: skip

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,3 +327,37 @@ def test_large_arrays_stay_on_disk(network, pictures, tmp_path, monkeypatch):
     assert torch.equal(torch.cat([rows for rows, _ in loader]), torch.tensor(array))
     assert [len(rows) for rows, _ in loader] == [7] * 5 + [5]
     assert len(loader) == 6
+
+
+def anonymous_memory():
+    """Bytes this process holds that are no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_features_of_200_000_pictures_stay_out_of_memory(network, tmp_path, monkeypatch):
+    """819 MB of them, a file full of holes: found, measured, trained on and evaluated."""
+    monkeypatch.setattr(features, "CACHE", tmp_path)
+    paths = [f"{index:06}.jpg" for index in range(200_000)]
+    file = tmp_path / f"{features._key(network, paths, PREPROCESSING, None)}.npy"
+    shape = (len(paths), 1024)
+    assert np.prod(shape) * 4 > features.IN_MEMORY
+    np.lib.format.open_memmap(file, "w+", np.float32, shape)
+    labels = [index % 5 for index in range(len(paths))]
+    train, val = (paths[:190_000], labels[:190_000]), (paths[190_000:], labels[190_000:])
+    before, most = anonymous_memory(), 0
+
+    def look():
+        nonlocal most
+        most = max(most, anonymous_memory() - before)
+
+    options = {"batch_size": 256, "threads": 1, "seed": 0}
+    head, train_loader, val_loader = features.head_and_loaders(
+        network, train, val, PREPROCESSING, CPU, **options
+    )
+    optimizer = torch.optim.SGD(head.parameters(), 0.03)
+    look()
+    utils.train_one_epoch(head, optimizer, train_loader, CPU, 0, stop=look)
+    assert utils.evaluate(head, val_loader, CPU, stop=look)["images"] == 10_000
+    assert 0 < most < 200e6

@@ -329,13 +329,14 @@ def test_the_first_of_equally_good_epochs_is_the_best(flowers, tmp_path, monkeyp
 
 
 def test_training_may_be_smaller_than_evaluating(flowers, tmp_path, monkeypatch):
+    """Down to 64 pixels, at which batch norm has values enough in a last batch of one picture."""
     import model
 
     seen, forward = set(), model.ShuffleNetV2.forward
     spy = lambda self, x: seen.add((self.training, x.shape[-1])) or forward(self, x)  # noqa: E731
     monkeypatch.setattr(model.ShuffleNetV2, "forward", spy)
-    run_train(*small(flowers, tmp_path / "out", "--epochs", 1, "--train-size", 96))
-    assert seen == {(True, 96), (False, 224)}
+    run_train(*small(flowers, tmp_path / "out", "--epochs", 1, "--train-size", 64, "-b", 17))
+    assert seen == {(True, 64), (False, 224)}
     assert checkpoint.load(tmp_path / "out" / "best.pth")["preprocessing"]["crop"] == 224
 
 
@@ -450,6 +451,7 @@ def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
         ("train.py", ["--data-path", ".", "--weights", "no.pth"], "--weights no.pth: no such file"),
         ("train.py", ["--data-path", ".", "--weights", "."], "--weights .: not a file"),
         ("train.py", ["--data-path", "."], ".: no class folders with pictures"),
+        ("train.py", ["--data-path", ".", "--train-size", "63"], "63 must be at least 64"),
         ("train.py", ["--resume"], "there is no runs/*/last.pth here"),
         ("train.py", ["--resume", "no.pth"], "--resume no.pth: no such file"),
         ("train.py", ["--data-path", ".", "--model", "x"], "no model is called 'x'"),
