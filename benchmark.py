@@ -42,7 +42,7 @@ PARALLEL = ", a batch a core"
 SCRIPTS = ("plain.py", "predict.py", "export.py")
 # Runs of train.py by what is trained: what is added to the name of the row, and the options.
 FASTER = "--freeze-bn --train-size 176"
-RECIPE = f"--fc-first {FASTER} --random-erase 0.25 --lr 0.001"
+RECIPE = f"--fc-first {FASTER} --random-erase 0.25"
 OURS = {
     "fc": {", first run": "--freeze-layers", ", again": "--freeze-layers"},
     "all": {"": "", f" {FASTER}": FASTER, f" {RECIPE}": RECIPE},
@@ -348,6 +348,7 @@ def measure_training(args: argparse.Namespace) -> dict:
     cli.require_path(args.data_path, "DIR", folder=True)
     if args.weights:
         cli.require_path(args.weights, "--weights")
+        _check_weights(args.model, args.weights)
     runs: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(args.seeds):
@@ -357,8 +358,8 @@ def measure_training(args: argparse.Namespace) -> dict:
                 plain |= json.loads(plain.pop("output"))
                 runs.setdefault(f"{layers}: plain.py", []).append(plain)
                 for name, options in OURS[layers].items():
-                    if options == RECIPE and not args.weights:
-                        continue  # nothing that fc could learn from
+                    if "--fc-first" in options and not args.weights:
+                        continue  # there is nothing that fc could learn from
                     # A cache of its own for each seed: cold at first, then warm.
                     folder = Path(scratch, f"{seed}, {layers}{name}")
                     cache = f"{scratch}/cache, {seed}, {layers}"
@@ -373,19 +374,30 @@ def measure_training(args: argparse.Namespace) -> dict:
         row["accuracy, last epoch"] = round(statistics.mean(accuracy), 4)
         row["spread"] = round(statistics.stdev(accuracy), 4) if len(accuracy) > 1 else 0.0
         rates = [run["images_per_second"] for run in runs[row["name"]]]
-        row["img/s, last epoch"] = round(statistics.median(rates), 1) if all(rates) else ""
+        row["img/s"] = round(statistics.median(rates), 1) if all(rates) else ""
     options = f"{args.model}, {args.epochs} epochs, {args.seeds} seeds"
     return {"options": f"{options}, {args.workers} worker processes", "rows": rows}
 
 
+def _check_weights(model_name: str, path: str) -> None:
+    """Raise RunError unless they fit but for the head: plain.py would leave out what does not."""
+    import checkpoint
+    from model import build_model
+
+    state = checkpoint.state_dict_of(checkpoint.load(path), path)
+    checkpoint.load_weights(build_model(model_name, 1), state, path, new_head=True)
+
+
 def _train(args: argparse.Namespace, options: str, seed: int, cache: str, folder: Path) -> dict:
-    """train.py, once."""
+    """Run train.py once; what `_run` returns, the accuracy of the last epoch, and the pictures a
+    second in that epoch, or in computing features, or None where neither was done."""
     words = ["-c", OUR_TRAINING, cache, "--data-path", args.data_path, "--weights", args.weights]
     words += ["--model", args.model, "--epochs", args.epochs, "--seed", seed]
     words += ["--workers", args.workers, *options.split(), "--output-dir", folder]
     done = _run(words)
     last = (folder / "metrics.csv").read_text().splitlines()[-1]
-    rates = re.findall(r" (\d+) img/s", done["output"])  # on cached features there are none
+    rates = re.findall(r" (\d+) img/s", done["output"])
+    rates = rates or re.findall(r"computed, (\d+) img/s", done["notices"])
     return done | {
         "accuracy": float(last.split(",")[-1]),
         "images_per_second": float(rates[-1]) if rates else None,
@@ -413,9 +425,15 @@ def _run(words: list) -> dict:
     code, seconds, peak = json.loads(measured)
     if code != 0:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise RunError(f"{' '.join(words)} failed: {last}")
+        script = "train.py" if words[0] == "-c" else " ".join(words)
+        raise RunError(f"{script} failed: {last}")
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return {"output": output, "seconds": seconds, "megabytes": peak * unit / 1e6}
+    return {
+        "output": output,
+        "notices": done.stderr,
+        "seconds": seconds,
+        "megabytes": peak * unit / 1e6,
+    }
 
 
 def _rows(runs: dict[str, list[dict]]) -> list[dict]:

@@ -256,6 +256,11 @@ def check_output_dir(path: str | None) -> None:
     """Raise UsageError if results cannot go there."""
     if path and os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"--output-dir {path}: not a folder")
+    place = Path(path or "runs").absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"--output-dir {path or 'runs'}: {place} cannot be written to")
 
 
 def say(text: str) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -41,7 +42,7 @@ COMPUTED = 2  # to be raised when this file computes features in another way
 IN_MEMORY = 1 << 29  # bytes; larger arrays stay on disk, memory-mapped
 
 # Defaults on cached features. Of 3 batch sizes x 5 rates x 3 decays, 30 epochs, 5 splits, these
-# were at the top for 800 training pictures and for 200 (flower_photos, x0.5): README, Results.
+# were at the top for 800 training pictures and for 200 (flower_photos, x0.5).
 RECIPE = {"lr": 0.03, "batch_size": 64, "weight_decay": 0.1}
 HEAD_EPOCHS = 30  # of `train_head`
 
@@ -85,19 +86,24 @@ def cached_features(
     bad = bad or BadPictures(len(paths), skip=False)
     if features is None:
         _clear(cache)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             features = _reserve(temporary, shape)
             _fill(features, model, paths, preprocessing, device, threads, bad, amp)
             # With pictures that cannot be read nothing is kept, so that the next run names them.
             if not isinstance(features, np.memmap) or np.isnan(features[:, 0]).any():
                 return features
-            features.flush()
-            os.replace(temporary, file)
+            try:
+                features.flush()
+                os.replace(temporary, file)
+            except OSError as error:  # such as the folder removed meanwhile
+                notice(f"features are not kept: {file.parent}: {error.strerror}")
+                return features
         finally:
             with suppress(OSError):
                 temporary.unlink()
-        return _read(file, shape)
+        kept = _read(file, shape)
+        return features if kept is None else kept
     notice(f"features of {len(paths)} pictures read from {file}")
     return features
 
@@ -169,6 +175,7 @@ def _fill(
 ) -> None:
     optimized = optimize_for_inference(model.eval(), amp)
     run = torch_run(optimized.forward_features, device, preprocessing)
+    start = time.perf_counter()
     with tqdm(total=len(paths), desc="computing features", unit="img", leave=False) as bar:
         for row, (_, answer) in enumerate(stream(paths, run, preprocessing, threads=threads)):
             if isinstance(answer, ImageError):
@@ -176,6 +183,8 @@ def _fill(
                 answer = np.nan
             features[row] = answer
             bar.update()
+    rate = len(paths) / (time.perf_counter() - start)
+    notice(f"features of {len(paths)} pictures computed, {rate:.0f} img/s")
 
 
 def statistics(features: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -280,7 +289,8 @@ def head_and_loaders(
     array = cached_features(
         model, paths, preprocessing, device, threads=threads, cache=CACHE, bad=bad, amp=amp
     )
-    row_of = {path: row for row, path in enumerate(paths) if not np.isnan(array[row, 0])}
+    unreadable = np.isnan(array[:, 0])
+    row_of = {path: row for row, path in enumerate(paths) if not unreadable[row]}
 
     def readable(side: tuple[list[str], list[int]]) -> tuple[np.ndarray, list[int]]:
         kept = [(row_of[path], label) for path, label in zip(*side, strict=True) if path in row_of]
@@ -304,8 +314,12 @@ def train_head(
     val: tuple[list[str], list[int]],
     preprocessing: dict,
     device: torch.device,
-    **options,
-) -> float:
+    *,
+    threads: int,
+    seed: int,
+    bad: BadPictures | None = None,
+    amp: torch.dtype | None = None,
+) -> dict:
     """Train the `fc` of a network in place, as `--freeze-layers` does by default.
 
     All layers trained together from a fresh `fc` are moved by gradients that mean nothing until it
@@ -315,20 +329,21 @@ def train_head(
     Args: as of `head_and_loaders`, but for the batch size.
 
     Returns:
-        its accuracy on `val`, 0 to 1.
+        what `utils.evaluate` returns for `val`.
     """
-    lr, batch_size = RECIPE["lr"], RECIPE["batch_size"]
+    lr, decay = RECIPE["lr"], RECIPE["weight_decay"]
     head, train_loader, val_loader = head_and_loaders(
-        model, train, val, preprocessing, device, batch_size=batch_size, **options
-    )
-    decay = RECIPE["weight_decay"]
+        model, train, val, preprocessing, device,
+        batch_size=RECIPE["batch_size"], threads=threads, seed=seed, bad=bad, amp=amp,
+    )  # fmt: skip
     optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9, weight_decay=decay)
     for epoch in range(HEAD_EPOCHS):
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(lr, 0.1, epoch, HEAD_EPOCHS)
-        train_one_epoch(head, optimizer, train_loader, device, epoch)
+        title = f"fc first, epoch {epoch + 1}"
+        train_one_epoch(head, optimizer, train_loader, device, epoch, title=title)
     fold(head, train_loader.mean, train_loader.std, model.fc)
-    return evaluate(head, val_loader, device)["accuracy"]
+    return evaluate(head, val_loader, device)
 
 
 def unfold(fc: nn.Linear, mean: Tensor, std: Tensor) -> nn.Linear:
@@ -343,7 +358,9 @@ def unfold(fc: nn.Linear, mean: Tensor, std: Tensor) -> nn.Linear:
 
 def fold(head: nn.Linear, mean: Tensor, std: Tensor, fc: nn.Linear) -> None:
     """Make `fc` compute on plain features what `head` computes on standardised ones."""
-    weight = head.weight.detach().cpu().double() / std.double()
+    # On the CPU, wherever they are: Apple's GPU has no float64.
+    mean, std = mean.cpu().double(), std.cpu().double()
+    weight = head.weight.detach().cpu().double() / std
     with torch.no_grad():
         fc.weight.copy_(weight)
-        fc.bias.copy_(head.bias.detach().cpu().double() - weight @ mean.double())
+        fc.bias.copy_(head.bias.detach().cpu().double() - weight @ mean)

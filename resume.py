@@ -5,7 +5,8 @@
     optimizer   its momentum
     scaler      that of float16, {} without
     history     a row of figures for each epoch that is done
-    best        accuracy, epoch and confusion matrix of the best one; None before the first
+    best        accuracy, epoch and confusion matrix of the best one (0 is `--fc-first`); None
+                before the first
     position    where the epoch under way was stopped, see `utils.train_one_epoch`; None between two
     head        on cached features: the head, mean and scale; else None
     pictures    `folders.fingerprint` of the data
@@ -116,9 +117,10 @@ def check(state: dict, now: dict, shapes: list[tuple], classes: int, path: Path)
 
     row = dict.fromkeys(FIGURES, 0.0) | {"epoch": 0}
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    began = state["history"] or state["best"] is not None
     examples = {
         "history": [row],
-        "best": {"accuracy": 0.0, "epoch": 0, "confusion": confusion} if state["history"] else None,
+        "best": {"accuracy": 0.0, "epoch": 0, "confusion": confusion} if began else None,
         "head": now["head"],
         "pictures": "",
     }

@@ -72,7 +72,8 @@ def build_parser() -> cli.Parser:
     )
     cli.add_switch(
         network, "fc-first", False,
-        "train fc alone on cached features before all layers, which a fresh fc would spoil",
+        "train fc alone on cached features, with their defaults, before all layers, which a fresh "
+        "fc would spoil; the default of --lr is then 0.001",
     )  # fmt: skip
     cli.add_switch(
         network, "freeze-bn", False,
@@ -116,7 +117,7 @@ def build_parser() -> cli.Parser:
     )  # fmt: skip
     training.add_argument(
         "--random-erase", type=cli.number(float, 0, 1), default=0.0, metavar="SHARE",
-        help="of so many pictures to train on a random rectangle is hidden",
+        help="share of the pictures to train on in which a random rectangle is hidden",
     )  # fmt: skip
     training.add_argument(
         "--patience", type=cli.number(int, 1), metavar="N",
@@ -169,14 +170,9 @@ def main(args: argparse.Namespace) -> dict:
         state, resume_from = resume.load(resume_from, named)
         args = resume.options_of_run(build_parser(), args, state, resume_from)
     cached = args.freeze_layers and args.cache_features
-    for name in ("train_size", "random_erase"):
-        if cached and getattr(args, name):
-            raise UsageError(
-                f"--{name.replace('_', '-')}: cached features are of whole pictures; leave it "
-                "out, or add --no-cache-features"
-            )
-    if cached and not state:  # what the user typed wins
-        vars(args).update({k: v for k, v in features.RECIPE.items() if k not in args.given})
+    if not state:  # what the user typed wins
+        defaults = features.RECIPE if cached else {"lr": 0.001} if args.fc_first else {}
+        vars(args).update({k: v for k, v in defaults.items() if k not in args.given})
     device = utils.choose_device(args.device)
     amp = utils.amp_dtype(device, args.amp)
     preprocessing = default_preprocessing(args.model)
@@ -217,9 +213,10 @@ def main(args: argparse.Namespace) -> dict:
 
     # What is trained, and on what.
     for_head = {"threads": args.workers + 1, "seed": args.seed, "bad": bad, "amp": amp}
+    fc_alone = None
     if args.fc_first and not state:
-        accuracy = features.train_head(model, train, val, preprocessing, device, **for_head)
-        notice(f"fc alone reaches {accuracy:.4f}; now all layers")
+        fc_alone = features.train_head(model, train, val, preprocessing, device, **for_head)
+        notice(f"fc alone reaches {fc_alone['accuracy']:.4f}; now all layers")
     if cached:
         learner, train_loader, val_loader = features.head_and_loaders(
             model, train, val, preprocessing, device, batch_size=args.batch_size, **for_head
@@ -295,6 +292,9 @@ def main(args: argparse.Namespace) -> dict:
         save_json(names, output_dir / "class_indices.json")
         if resume_from:
             resume.bring(resume_from, output_dir, history)
+        if fc_alone:
+            best = _best(fc_alone, 0)
+            checkpoint.save(usable(), output_dir / "best.pth")
         writer = SummaryWriter(output_dir, purge_step=len(history) + 1)
         notice(f"writing to {output_dir}, training on {device}{f' in {amp}' if amp else ''}")
         if len(history) >= args.epochs:
@@ -343,11 +343,7 @@ def main(args: argparse.Namespace) -> dict:
             history.append(row)
             improved = best is None or row["val_accuracy"] > best["accuracy"]
             if improved:
-                best = {
-                    "accuracy": row["val_accuracy"],
-                    "epoch": epoch + 1,
-                    "confusion": torch.from_numpy(result["confusion"]),
-                }
+                best = _best(result, epoch + 1)
                 # Before last.pth: killed between the two, the epoch is done again.
                 checkpoint.save(usable(), output_dir / "best.pth")
             resume.save_last(output_dir, usable() | to_resume(None))
@@ -384,12 +380,21 @@ _HOLDS_A_RUN = "--output-dir {}: holds a run; add --resume to go on with it, or 
 def _check_paths(args: argparse.Namespace) -> tuple[Path | None, bool]:
     """Refuse what cannot work; returns the last.pth to go on from, and whether the user named this
     very file."""
-    cli.check_output_dir(args.output_dir)
+    if args.output_dir or args.resume is None:
+        cli.check_output_dir(args.output_dir)
     if args.resume is not None:
         return resume.find(args.resume, args.output_dir)
     cli.require_data(args.data_path)
     if args.weights not in ("", "imagenet"):
         cli.require_path(args.weights, "--weights")
+    for name in ("train_size", "random_erase"):
+        if args.freeze_layers and args.cache_features and getattr(args, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: cached features are of whole pictures; leave it "
+                "out, or add --no-cache-features"
+            )
+    if args.fc_first and not args.cache_features:
+        raise UsageError("--fc-first: needs cached features; leave out --no-cache-features")
     if args.fc_first and args.freeze_layers:
         raise UsageError("--fc-first: with --freeze-layers fc is all there is; leave one out")
     if args.fc_first and not args.weights:
@@ -437,6 +442,13 @@ def _load_weights(model: "nn.Module", weights: tuple, classes: list[str]) -> Non
 
 def _state_of_head(head: "nn.Module", loader: "FeatureLoader") -> dict:
     return {"weights": head.state_dict(), "mean": loader.mean, "std": loader.std}
+
+
+def _best(result: dict, epoch: int) -> dict:
+    import torch
+
+    confusion = torch.from_numpy(result["confusion"])
+    return {"accuracy": result["accuracy"], "epoch": epoch, "confusion": confusion}
 
 
 def _stopped_text(epochs: int, output_dir: Path) -> str:

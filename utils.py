@@ -115,6 +115,7 @@ def train_one_epoch(
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     position: dict | None = None,
+    title: str = "",
     stop: Callable[[], bool] = lambda: False,
 ) -> dict:
     """Train once over the data.
@@ -129,6 +130,7 @@ def train_one_epoch(
         amp: dtype of autocast, None for float32.
         scaler: for float16; it keeps its scale from epoch to epoch.
         position: go on with an epoch that was stopped, from what `Stopped` told.
+        title: of the progress bar, which else names the epoch.
         stop: asked after every step.
 
     Returns:
@@ -172,9 +174,10 @@ def train_one_epoch(
             logits = model(images)  # (n, classes)
             loss = nn.functional.cross_entropy(logits, labels)
         loss = loss * (len(labels) / count)
-        return logits.detach(), loss.detach(), torch.autograd.grad(scaler.scale(loss), trained)
+        gradients = torch.autograd.grad(scaler.scale(loss), trained, allow_unused=True)
+        return logits.detach(), loss.detach(), gradients
 
-    progress = _progress(data_loader, f"epoch {epoch + 1} training", seen)
+    progress = _progress(data_loader, title or f"epoch {epoch + 1} training", seen)
     with progress as bar, _in_parts(model, device) as in_parts:
         for images, labels in data_loader:
             step += 1
@@ -184,7 +187,8 @@ def train_one_epoch(
             logits, losses, gradients = zip(*in_parts(part, images, labels), strict=True)
             # In the order of the parts, whichever was ready first: every time the same result.
             for parameter, *shares in zip(trained, *gradients, strict=True):
-                parameter.grad = sum(shares[1:], start=shares[0])
+                unused = shares[0] is None
+                parameter.grad = None if unused else sum(shares[1:], start=shares[0])
             logits, loss = torch.cat(logits), sum(losses)  # (N, classes), mean
             scaler.step(optimizer)
             scaler.update()

@@ -27,10 +27,21 @@ def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys, monke
     names = ["fc: plain.py", "fc: train.py, first run", "fc: train.py, again"]
     assert [row["name"] for row in report["rows"]] == names
     plain, first, again = report["rows"]
-    assert first["img/s, last epoch"] == ""  # there are no images in it
-    assert min(plain["img/s, last epoch"], again["img/s, last epoch"]) > 0
+    assert first["img/s"] > 0  # of computing features
+    assert min(plain["img/s"], again["img/s"]) > 0
     assert plain["times faster"] == 1
     assert all(row["seconds"] > 0 and row["peak MB"] > 100 for row in report["rows"])
+
+
+def test_weights_of_another_model_are_refused_at_once(flowers, tmp_path):
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "w.pth")
+    with pytest.raises((RunError, UsageError), match="w.pth"):
+        run_benchmark("train", flowers, "--weights", tmp_path / "w.pth")
+
+
+def test_the_recipe_is_that_of_the_readme():
+    command = f"--weights imagenet {benchmark.RECIPE} --epochs"
+    assert command in (benchmark.ROOT / "README.md").read_text()
 
 
 def test_inference_measures_every_runtime_and_draws_it(shell, tmp_path):

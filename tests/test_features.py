@@ -1,5 +1,6 @@
 """Features of frozen layers, computed once."""
 
+import errno
 import os
 import resource
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +312,31 @@ def test_a_full_disk_keeps_features_in_memory(tmp_path, capsys):
     assert "features are kept in memory" in capsys.readouterr().err
 
 
+def test_disk_space_that_is_not_to_be_had_keeps_features_in_memory(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    assert not isinstance(features._reserve(tmp_path / "x.npy", (4096, 1024)), np.memmap)
+    assert "features are kept in memory" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_deleted_meanwhile_costs_nothing(
+    network, pictures, tmp_path, monkeypatch, capsys
+):
+    expected = np.array(compute(network, pictures[0], tmp_path / "kept"))
+    fill = features._fill
+
+    def fill_and_delete(*args):
+        fill(*args)
+        shutil.rmtree(tmp_path / "gone")
+
+    monkeypatch.setattr(features, "_fill", fill_and_delete)
+    found = compute(network, pictures[0], tmp_path / "gone")
+    np.testing.assert_array_equal(found, expected)
+    assert "features are not kept" in capsys.readouterr().err
+
+
 def test_large_arrays_stay_on_disk(network, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "IN_MEMORY", 1000)
     compute(network, pictures[0], tmp_path)
@@ -353,11 +380,13 @@ def test_features_of_200_000_pictures_stay_out_of_memory(network, tmp_path, monk
         most = max(most, anonymous_memory() - before)
 
     options = {"batch_size": 256, "threads": 1, "seed": 0}
+    tracemalloc.start()
     head, train_loader, val_loader = features.head_and_loaders(
         network, train, val, PREPROCESSING, CPU, **options
     )
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
     optimizer = torch.optim.SGD(head.parameters(), 0.03)
-    look()
     utils.train_one_epoch(head, optimizer, train_loader, CPU, 0, stop=look)
     assert utils.evaluate(head, val_loader, CPU, stop=look)["images"] == 10_000
     assert 0 < most < 200e6

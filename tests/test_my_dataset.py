@@ -127,6 +127,22 @@ def test_training_augments_as_the_tutorial_does():
         assert torch.equal(normalize(image[None], PREPROCESSING)[0], expected)
 
 
+def test_random_erase_hides_a_rectangle_in_its_share_of_pictures():
+    transform = train_transform(64, random_erase=0.25)
+    white = Image.new("RGB", (80, 80), "white")
+    torch.manual_seed(0)
+    hidden = 0
+    for _ in range(400):
+        image = transform(white)
+        rows, columns = (image[0] != 255).nonzero(as_tuple=True)
+        if len(rows):
+            hidden += 1
+            box = image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert (box == torch.tensor([124, 116, 104]).view(3, 1, 1)).all()
+            assert 0.01 < box[0].numel() / 64**2 < 0.34
+    assert 70 < hidden < 130  # 100, and 3.5 of their spread
+
+
 def test_fetching_an_item_leaves_the_global_random_state_alone(paths):
     data = MyDataSet(paths, [0] * 7, train_transform(SMALL["crop"]), seed=0)
     torch.manual_seed(5)

@@ -178,11 +178,14 @@ def test_fc_first_trains_what_freeze_layers_trains_and_then_all(
     for key in frozen["model"]:
         assert torch.equal(frozen["model"][key], whole["model"][key]), key
     assert len(whole["optimizer"]["state"]) > 2
+    assert whole["best"]["epoch"] == 0  # nothing better came
+    assert checkpoint.load(tmp_path / "all" / "best.pth")["epoch"] == 0
     accuracy = frozen["history"][-1]["val_accuracy"]
     assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
     for wrong, message in (
         ([*weights, "--freeze-layers"], "with --freeze-layers fc is all there is"),
         ([], "fc would learn what random layers see; add --weights"),
+        ([*weights, "--no-cache-features"], "needs cached features"),
     ):
         with pytest.raises(UsageError, match=f"--fc-first: {message}"):
             run_train(*small(flowers, tmp_path / "no", "--fc-first", *wrong))
@@ -456,6 +459,7 @@ def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
         ("train.py", ["--resume", "no.pth"], "--resume no.pth: no such file"),
         ("train.py", ["--data-path", ".", "--model", "x"], "no model is called 'x'"),
         ("train.py", ["--data-path", ".", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+        ("train.py", ["--data-path", ".", "--output-dir", "file/x"], "cannot be written to"),
         (
             "train.py",
             ["--data-path", ".", "--output-dir", "file"],
