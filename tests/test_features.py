@@ -248,6 +248,13 @@ def test_another_preprocessing_and_a_restored_time_are_seen(
         features.cached_features(network, paths[1:], other, CPU, **options)
 
 
+def test_another_precision_has_features_of_its_own(network, pictures, tmp_path, monkeypatch):
+    compute(network, pictures[0], tmp_path)
+    unread(monkeypatch)
+    with pytest.raises(AssertionError, match="a picture was read"):
+        compute(network, pictures[0], tmp_path, amp=torch.bfloat16)
+
+
 def test_another_split_of_the_same_pictures_reads_none(network, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "CACHE", tmp_path)
     paths, labels = pictures

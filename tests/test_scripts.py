@@ -227,6 +227,7 @@ def test_cached_features_have_defaults_of_their_own_and_typed_options_win(
         ("a", [], (0.03, 64, 0.1)),
         ("b", ["--lr", 0.01, "--wd", 0], (0.01, 64, 0)),
         ("c", ["--no-cache-features"], (0.01, 16, 4e-5)),
+        ("d", ["--no-freeze-layers", "--fc-first", "--freeze-bn"], (0.001, 16, 4e-5)),
     ):
         run_train(*small(flowers, tmp_path / name, *frozen, *more))
         args = json.loads((tmp_path / name / "args.json").read_text())
