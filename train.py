@@ -380,7 +380,7 @@ _HOLDS_A_RUN = "--output-dir {}: holds a run; add --resume to go on with it, or 
 def _check_paths(args: argparse.Namespace) -> tuple[Path | None, bool]:
     """Refuse what cannot work; returns the last.pth to go on from, and whether the user named this
     very file."""
-    if args.output_dir or args.resume is None:
+    if args.output_dir or args.resume is None:  # else the folder is that of the run
         cli.check_output_dir(args.output_dir)
     if args.resume is not None:
         return resume.find(args.resume, args.output_dir)

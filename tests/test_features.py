@@ -19,7 +19,7 @@ from torch import nn
 
 import features
 import utils
-from folders import find_pictures, with_labels
+from folders import BadPictures, find_pictures, with_labels
 from image import default_preprocessing
 from model import build_model
 from my_dataset import DeviceLoader, MyDataSet, eval_transform
@@ -224,6 +224,10 @@ def test_a_picture_that_cannot_be_read_leaves_no_cache(network, pictures, tmp_pa
     with pytest.raises(OSError, match=r"bad\.jpg: not a picture"):
         compute(network, [*pictures[0], str(bad)], tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
+    skip = BadPictures(41, skip=True)
+    array = compute(network, [*pictures[0], str(bad)], tmp_path / "cache", bad=skip)
+    assert np.isnan(array[:, 0]).tolist() == [False] * 40 + [True]
+    assert os.listdir(tmp_path / "cache") == []  # so that the next run names it again
 
 
 def test_another_preprocessing_and_a_restored_time_are_seen(
