@@ -14,7 +14,8 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
@@ -119,7 +120,10 @@ def _unpack(archive: Path, target: Path) -> None:
     """Unpack beside `target`, then rename: a half-unpacked folder never has its name."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         with tarfile.open(archive, "r:gz") as tar:
-            tar.extractall(scratch, filter="data")
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(scratch, filter="data")
+            else:  # Python before 3.11.4, such as Debian 12's
+                tar.extractall(scratch, members=_plain(tar))
         folders = [path for path in Path(scratch).iterdir() if path.is_dir()]
         if len(folders) != 1:
             raise ValueError(f"{len(folders)} folders at its top, expected one")
@@ -128,3 +132,13 @@ def _unpack(archive: Path, target: Path) -> None:
         except OSError:
             if not target.is_dir():  # else another process was faster
                 raise
+
+
+def _plain(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files and folders of an archive; raise ValueError for any that could leave its place."""
+    for member in tar:
+        path = PurePosixPath(member.name)
+        inside = not path.is_absolute() and ".." not in path.parts
+        if not inside or not (member.isfile() or member.isdir()):
+            raise ValueError(f"{member.name!r} is a link, or would be outside")
+        yield member
