@@ -380,7 +380,7 @@ def measure_training(args: argparse.Namespace) -> dict:
 
 
 def _check_weights(model_name: str, path: str) -> None:
-    """Raise RunError unless they fit but for the head: plain.py would leave out what does not."""
+    """Raise UsageError unless they fit but for the head: plain.py would leave out what does not."""
     import checkpoint
     from model import build_model
 

@@ -257,10 +257,11 @@ def check_output_dir(path: str | None) -> None:
     if path and os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"--output-dir {path}: not a folder")
     place = Path(path or "runs").absolute()
-    while not place.exists():
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"--output-dir {path or 'runs'}: {place} cannot be written to")
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        folder = f"--output-dir {path}" if path else "runs"
+        raise UsageError(f"{folder}: cannot be made in {place}; name another --output-dir")
 
 
 def say(text: str) -> None:

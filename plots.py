@@ -35,11 +35,12 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(file, format=Path(path).suffix[1:].lower() or "png")
 
 
-def draw_curves(history: Sequence[dict]) -> Figure:
+def draw_curves(history: Sequence[dict], best: dict) -> Figure:
     """Loss, accuracy and learning rate over the epochs.
 
     Args:
         history: one dict an epoch, as train.py writes them to metrics.csv.
+        best: "epoch" and "accuracy" of the best one; epoch 0 is `fc` alone, trained first.
     """
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -49,10 +50,12 @@ def draw_curves(history: Sequence[dict]) -> Figure:
             values = [row[f"{side}_{name}"] for row in history]
             axes.plot(epochs, values, style, marker="o", markersize=3, label=side)
         axes.set_title(name)
-        axes.legend()
-    best = max(history, key=lambda row: row["val_accuracy"])
+    if best["epoch"] == 0:
+        accuracy.plot([0], [best["accuracy"]], "k*", label="val, fc alone")
+    loss.legend()
+    accuracy.legend()
     accuracy.axvline(best["epoch"], color="grey", linewidth=0.8, linestyle=":")
-    accuracy.set_title(f"accuracy (best {best['val_accuracy']:.3f} in epoch {best['epoch']})")
+    accuracy.set_title(f"accuracy (best {best['accuracy']:.3f} in epoch {best['epoch']})")
     rate.plot(epochs, [row["lr"] for row in history], marker="o", markersize=3, color="black")
     rate.set_title("learning rate")
     rate.set_ylim(bottom=0)

@@ -294,7 +294,9 @@ def main(args: argparse.Namespace) -> dict:
             resume.bring(resume_from, output_dir, history)
         if fc_alone:
             best = _best(fc_alone, 0)
-            checkpoint.save(usable(), output_dir / "best.pth")
+            figures = {"val_loss": fc_alone["loss"], "val_accuracy": fc_alone["accuracy"]}
+            checkpoint.save(usable() | {"metrics": figures}, output_dir / "best.pth")
+            resume.save_last(output_dir, usable() | to_resume(None))
         writer = SummaryWriter(output_dir, purge_step=len(history) + 1)
         notice(f"writing to {output_dir}, training on {device}{f' in {amp}' if amp else ''}")
         if len(history) >= args.epochs:
@@ -471,7 +473,7 @@ def _save_metrics(output_dir: Path, history: list[dict], writer: "SummaryWriter"
 def _draw(output_dir: Path, history: list[dict], best: dict, classes: list[str]) -> None:
     import plots
 
-    plots.save_figure(plots.draw_curves(history), output_dir / "curves.png")
+    plots.save_figure(plots.draw_curves(history, best), output_dir / "curves.png")
     title = f"validation, epoch {best['epoch']}, accuracy {best['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(best["confusion"].numpy(), classes, title)
     plots.save_figure(figure, output_dir / "confusion_matrix.png")

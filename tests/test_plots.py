@@ -23,13 +23,17 @@ def history(count):
     ]
 
 
-@pytest.mark.parametrize("epochs", [1, 30])
-def test_curves(tmp_path, epochs):
-    figure = plots.draw_curves(history(epochs))
+@pytest.mark.parametrize(("epochs", "best"), [(1, 1), (30, 7), (30, 0)])
+def test_curves(tmp_path, epochs, best):
+    figure = plots.draw_curves(history(epochs), {"epoch": best, "accuracy": 0.75})
     plots.save_figure(figure, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (1300, 400)
     for axes in figure.axes:
         assert all(tick == int(tick) for tick in axes.get_xticks())
+    accuracy = figure.axes[1]
+    assert accuracy.get_title() == f"accuracy (best 0.750 in epoch {best})"
+    names = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert names == ["train", "val"] + ["val, fc alone"] * (best == 0)
 
 
 @pytest.mark.parametrize("count", [2, 5, 102])

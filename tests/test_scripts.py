@@ -179,7 +179,8 @@ def test_fc_first_trains_what_freeze_layers_trains_and_then_all(
         assert torch.equal(frozen["model"][key], whole["model"][key]), key
     assert len(whole["optimizer"]["state"]) > 2
     assert whole["best"]["epoch"] == 0  # nothing better came
-    assert checkpoint.load(tmp_path / "all" / "best.pth")["epoch"] == 0
+    best = checkpoint.load(tmp_path / "all" / "best.pth")
+    assert (best["epoch"], best["metrics"]["val_accuracy"]) == (0, whole["best"]["accuracy"])
     accuracy = frozen["history"][-1]["val_accuracy"]
     assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
     for wrong, message in (
@@ -191,14 +192,19 @@ def test_fc_first_trains_what_freeze_layers_trains_and_then_all(
             run_train(*small(flowers, tmp_path / "no", "--fc-first", *wrong))
 
 
-@pytest.mark.parametrize("more", ["", "--freeze-layers", "--fc-first --freeze-bn --lr 1e-5"])
-def test_two_epochs_and_two_more_are_four(flowers, tmp_path, torchvision_file, monkeypatch, more):
+@pytest.mark.parametrize(
+    ("done", "more"),
+    [(2, ""), (2, "--freeze-layers"), (0, "--fc-first --freeze-bn --lr 1e-5")],
+)
+def test_some_epochs_and_the_rest_are_four(
+    flowers, tmp_path, torchvision_file, monkeypatch, done, more
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = more and ["--weights", torchvision_file, *more.split()]
     run_train(*small(flowers, whole, "--epochs", 4, *more))
 
-    def stop_in_the_third(*args, **kwargs):
-        if args[4] == 2:
+    def stop(*args, **kwargs):
+        if args[4] == done:
             raise KeyboardInterrupt
         return train_one_epoch(*args, **kwargs)
 
@@ -206,7 +212,7 @@ def test_two_epochs_and_two_more_are_four(flowers, tmp_path, torchvision_file, m
 
     train_one_epoch = utils.train_one_epoch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(utils, "train_one_epoch", stop_in_the_third)
+        patch.setattr(utils, "train_one_epoch", stop)
         run_train(*small(flowers, parts, "--epochs", 4, *more))
     run_train("--resume", parts / "last.pth")
 
@@ -460,7 +466,7 @@ def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
         ("train.py", ["--resume", "no.pth"], "--resume no.pth: no such file"),
         ("train.py", ["--data-path", ".", "--model", "x"], "no model is called 'x'"),
         ("train.py", ["--data-path", ".", "--device", "cuda:99"], "--device cuda:99: torch sees"),
-        ("train.py", ["--data-path", ".", "--output-dir", "file/x"], "cannot be written to"),
+        ("train.py", ["--data-path", ".", "--output-dir", "file/x"], "cannot be made in"),
         (
             "train.py",
             ["--data-path", ".", "--output-dir", "file"],
