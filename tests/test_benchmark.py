@@ -17,7 +17,7 @@ def run_benchmark(*words):
 
 
 def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys, monkeypatch):
-    """The plain loop, a first run, and one of all layers that finds its features."""
+    """The plain loop, a first run on cached features, and one of all layers."""
     monkeypatch.setitem(benchmark.OURS["fc"], ", again", benchmark.RECIPE)
     torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "w.pth")
     words = ["train", flowers, "--weights", tmp_path / "w.pth", "--model", "shufflenet_v2_x0_5"]

@@ -509,7 +509,7 @@ def test_train_and_val_folders_are_taken_as_they_are(flowers, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(shell, tmp_path, script, args, message):
-    (tmp_path / "file").touch()
+    (tmp_path / "file").touch(mode=0o777)  # as folders are
     result = shell(script, *args)
     assert result.returncode == 2
     assert result.stdout == ""
