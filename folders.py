@@ -1,315 +1,206 @@
-"""A folder of pictures: its classes, and their split into training and validation.
+"""A folder of images: its classes, and their split into training and validation.
 
-    ROOT/CLASS/PICTURE, or ROOT/train/CLASS/PICTURE and ROOT/val/CLASS/PICTURE
+    ROOT/CLASS/IMAGE, or ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE
 
-Standard library only, but for the list of suffixes: an exported network is measured without torch.
+No torch: an exported network is measured without.
 """
 
 import hashlib
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
-from cli import FLOWER_PHOTOS, SAMPLE, RunError, UsageError, notice
-from image import SUFFIXES, ImageError, check_header
+from cli import FLOWER_PHOTOS, RunError, UsageError, notice, require_data
+from image import SUFFIXES, ImageError
 
-MOST_NOTICES = 5  # of duplicates, one by one
-MOST_BAD = 0.1  # share of the pictures that may be passed over before it is a failure of the disk
+MOST_BAD = 0.1  # share of the images that may be skipped before the disk must be damaged
 
-Pictures = dict[str, list[str]]  # class name -> paths
+Images = dict[str, list[str]]  # class name -> paths
 
 
-def prepare_data(data_path: str) -> str:
-    """The folder that a --data-path means: "sample" is drawn, flower_photos downloaded."""
-    if data_path == SAMPLE:
-        from sample_flowers import draw_sample_flowers
-
-        return str(draw_sample_flowers("data/sample"))
+def prepare_data(data_path: str) -> Path:
+    """The folder that a --data-path means; flower_photos is downloaded if absent."""
+    require_data(data_path)
     if data_path == FLOWER_PHOTOS:
         from flower_photos import download_flower_photos
 
-        return str(download_flower_photos(FLOWER_PHOTOS))
-    return data_path
+        download_flower_photos(data_path)
+    return Path(data_path)
 
 
-def find_pictures(root: str | Path) -> Pictures:
-    """List the pictures of every class.
+def find_images(root: str | Path) -> Images:
+    """List the images of every class, {class name: sorted paths} in sorted order of the names.
 
-    Passed over with a notice: hidden folders, folders without a picture, pictures outside the
-    class folders, files that are no pictures by their suffix. Passed over: hidden files. Pictures
-    may lie in folders below the class folder; links are followed, each folder once.
-
-    Returns:
-        {class name: sorted paths}, in sorted order of the names.
-
-    Raises:
-        UsageError: no folder of `root` holds a picture.
-        OSError: a folder cannot be listed.
+    Images may lie deeper; links are followed, each folder once. Hidden files and folders are
+    skipped; with a notice, folders without an image, images outside the class folders, and other
+    files. UsageError if no folder holds an image, OSError if one cannot be listed.
     """
-    pictures, others, loose = {}, Counter(), 0
-    for name in sorted(os.listdir(root)):
-        folder = os.path.join(root, name)
-        if not os.path.isdir(folder):
-            loose += os.path.splitext(name)[1].lower() in SUFFIXES
-            continue
-        if name.startswith("."):
-            notice(f"skipped {folder}: a hidden folder")
-        elif found := pictures_below(folder, others):
-            pictures[name] = found
-        else:
-            notice(f"skipped {folder}: no picture in it")
-    if loose:
-        notice(f"skipped pictures of {root} that lie in no class folder: {loose}")
+    images, others, loose = {}, Counter(), 0
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if not entry.is_dir():
+            loose += os.path.splitext(entry.name)[1].lower() in SUFFIXES
+        elif not entry.name.startswith("."):
+            if found := images_below(entry.path, others):
+                images[entry.name] = found
+            else:
+                notice(f"skipped {entry.path}: no image in it")
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-        notice(f"skipped files that are no pictures by their suffix: {kinds}")
-    if not pictures:
-        raise UsageError(
-            f"{root}: no class folders with pictures in it; expected {root}/CLASS/PICTURE with a "
-            f"suffix of {' '.join(sorted(SUFFIXES))}"
-        )
-    return pictures
+        notice(f"skipped files that are no images by their suffix: {kinds}")
+    if not images:
+        hint = f"name the folder above it, {Path(root).absolute().parent}: " if loose else ""
+        layout = f"expected {root}/CLASS/IMAGE with a suffix of {' '.join(sorted(SUFFIXES))}"
+        raise UsageError(f"{hint}{root} holds no class folders with images; {layout}")
+    if loose:
+        notice(f"skipped images of {root} that lie in no class folder: {loose}")
+    return images
 
 
-def pictures_below(folder: str, others: Counter) -> list[str]:
-    """Pictures in a folder and in those below it; `others` counts the remaining suffixes."""
+def images_below(folder: str, others: Counter) -> list[str]:
+    """Images in a folder and in those below it; `others` counts the remaining suffixes."""
 
     def stop(error: OSError) -> None:
         raise error
 
-    # Folders seen are not entered again, nor are those above: a link may point back up.
-    above = {*Path(os.path.abspath(folder)).parents, *Path(folder).resolve().parents}
-    found, seen = [], {_identity(parent) for parent in above} - {_identity(folder)}
+    found, seen = [], {os.path.dirname(os.path.realpath(folder))}  # a link may point back up
     for here, folders, files in os.walk(folder, followlinks=True, onerror=stop):
-        if _identity(here) in seen:
-            folders.clear()
-            continue
-        seen.add(_identity(here))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        new = os.path.realpath(here) not in seen
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if suffix in SUFFIXES:
-                place = os.path.join(here, name)
-                if os.path.isfile(place):
-                    found.append(place)
+            if new and not name.startswith("."):
+                if suffix in SUFFIXES:
+                    found.append(os.path.join(here, name))
                 else:
-                    others["links that lead nowhere, pipes and the like"] += 1
-            else:
-                others[suffix or "without a suffix"] += 1
+                    others[suffix or "without a suffix"] += 1
     return sorted(found)
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+def split_images(root: str | Path, val_rate: float, seed: int) -> tuple[Images, Images]:
+    """Split into a training and a validation part, {class: paths} each; nothing is written.
 
-
-def split_pictures(root: str | Path, val_rate: float, seed: int) -> tuple[Pictures, Pictures]:
-    """Split into a training and a validation part, {class: paths} each.
-
-    `root` holds either one folder per class, of which `int(n * val_rate)` pictures a class go to
+    `root` holds either one folder per class, of which `int(n * val_rate)` images a class go to
     validation, drawn from the seed; or `train/` and `val/` (or `valid/`, `validation/`, `test/`),
-    taken as they are.
-    Pictures that are the same to the byte stay together: where the draw parts them, all of them
-    go to training. Nothing is written.
-
-    Raises:
-        UsageError: no pictures, a single class, or a class without pictures on one side.
+    taken as they are. Images that are the same to the byte stay together: where the draw parts
+    them, all of them go to training. UsageError for a class without images on one side.
     """
     if not 0 < val_rate < 1:
         raise UsageError(f"val_rate is {val_rate}, must be between 0 and 1")
-    folders = _train_and_val_folders(Path(root))
+    folders = _train_and_val(Path(root))
     if folders:
-        train, val = (find_pictures(folder) for folder in folders)
+        train, val = (find_images(folder) for folder in folders)
         _notice_shared(train, val)
     else:
-        train, val = _draw(find_pictures(root), val_rate, seed)
-
+        train, val = _draw(find_images(root), val_rate, seed)
     if len(train) < 2:
-        raise UsageError(f"{root}: the only class is {', '.join(train)}; there must be two or more")
+        deeper = Path(root, *train)
+        raise UsageError(f"name {deeper} if the classes lie in it: {root} has no other class")
     for name in sorted(train.keys() | val.keys()):
-        for side, pictures in (("training", train), ("validation", val)):
-            if not pictures.get(name):
-                count = len(train.get(name, [])) + len(val.get(name, []))
-                raise UsageError(
-                    f"{root}: class {name} has no picture for {side}, of {count} in all; add "
-                    f"pictures{'' if folders else f', or change --val-rate (now {val_rate})'}"
-                )
+        counts = [len(side.get(name, [])) for side in (train, val)]
+        if 0 in counts:
+            side = ("training", "validation")[counts.index(0)]
+            rate = "" if folders else f", or change --val-rate (now {val_rate})"
+            has = f"class {name} has no image for {side}, of {sum(counts)} in all"
+            raise UsageError(f"{root}: {has}; add images{rate}")
     return train, val
 
 
-def pictures_of(root: str | Path, split: str, val_rate: float, seed: int) -> Pictures:
-    """The "train" or "val" part of `split_pictures`, or with "all" every picture below `root`."""
+def images_of(root: str | Path, split: str, val_rate: float, seed: int) -> Images:
+    """The "train" or "val" part of `split_images`, or with "all" every image below `root`."""
     if split != "all":
-        return split_pictures(root, val_rate, seed)[split == "val"]
-    parts = [find_pictures(folder) for folder in _train_and_val_folders(Path(root)) or [root]]
-    return {
-        name: [path for part in parts for path in part.get(name, [])]
-        for name in sorted(set().union(*parts))
-    }
+        return split_images(root, val_rate, seed)[split == "val"]
+    parts = [find_images(folder) for folder in _train_and_val(Path(root)) or [root]]
+    names = sorted(set().union(*parts))
+    return {name: [path for part in parts for path in part.get(name, [])] for name in names}
 
 
-def _train_and_val_folders(root: Path) -> tuple[Path, Path] | None:
-    # A class may be called "train": then pictures, not folders, lie in it.
-    sides = {child.name.lower(): child for child in sorted(root.iterdir()) if _has_folders(child)}
-    others = [name for name in ("val", "valid", "validation", "test") if name in sides]
-    if "train" not in sides:
+def _train_and_val(root: Path) -> tuple[Path, Path] | None:
+    """The folders train/ and val/ of a root; None where its folders are classes, of which one may
+    be called "train": then images, not folders, lie in it."""
+    names = ("train", "val", "valid", "validation", "test")
+    sides = [root / name for name in names if _has_folders(root / name)]
+    if not sides or sides[0].name != "train":
         return None
-    if not others:
-        if sum(child.is_dir() and child.name[0] != "." for child in root.iterdir()) > 1:
-            return None
-        raise UsageError(f"{root}: holds {sides['train'].name}/ but no val/ or test/ beside it")
-    if len(others) > 1:
-        notice(f"{root}: validation is {others[0]}/; {', '.join(others[1:])}/ is not used")
-    return sides["train"], sides[others[0]]
+    if len(sides) == 1:
+        raise UsageError(f"{root}: holds train/ but no val/ or test/ beside it; make one")
+    if len(sides) > 2:
+        others = ", ".join(f"{side.name}/" for side in sides[2:])
+        notice(f"{root}: validation is {sides[1].name}/; {others} is not used")
+    return sides[0], sides[1]
 
 
 def _has_folders(path: Path) -> bool:
     return path.is_dir() and any(
-        child.is_dir() and not child.name.startswith(".") for child in path.iterdir()
+        entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(path)
     )
 
 
-def _draw(pictures: Pictures, val_rate: float, seed: int) -> tuple[Pictures, Pictures]:
+def _draw(images: Images, val_rate: float, seed: int) -> tuple[Images, Images]:
     generator = random.Random(seed)  # one for all classes: the tutorial's split at seed 0
-    drawn = {
-        path
-        for paths in pictures.values()
-        for path in generator.sample(paths, int(len(paths) * val_rate))
-    }
-    class_of = {path: name for name, paths in pictures.items() for path in paths}
+    drawn = set()
+    for paths in images.values():
+        drawn.update(generator.sample(paths, int(len(paths) * val_rate)))
+    class_of = {path: name for name, paths in images.items() for path in paths}
     groups = _same_bytes(list(class_of))
-    for same in groups[:MOST_NOTICES]:
-        classes = {class_of[path] for path in same}
-        where = "in one class" if len(classes) == 1 else f"IN {len(classes)} CLASSES"
-        notice(f"the same picture {len(same)} times {where}, kept together: {', '.join(same)}")
-    if len(groups) > MOST_NOTICES:
-        notice(f"{len(groups)} pictures in all stand there more than once")
+    if groups:
+        notice(f"images that are there more than once, kept on one side: {len(groups)}")
+    conflicts = [same for same in groups if len({class_of[path] for path in same}) > 1]
+    if conflicts:
+        first = ", ".join(conflicts[0])
+        notice(f"THE SAME IMAGE IN TWO CLASSES: {len(conflicts)}; the first: {first}")
     for same in groups:
         if not drawn.issuperset(same):
             drawn.difference_update(same)
-    train = {name: [p for p in paths if p not in drawn] for name, paths in pictures.items()}
-    val = {name: [p for p in paths if p in drawn] for name, paths in pictures.items()}
+    train = {name: [p for p in paths if p not in drawn] for name, paths in images.items()}
+    val = {name: [p for p in paths if p in drawn] for name, paths in images.items()}
     return train, val
 
 
-def _notice_shared(train: Pictures, val: Pictures) -> None:
-    """Say which validation pictures are training pictures too, to the byte."""
-    known = {path for paths in train.values() for path in paths}
-    others = {path for paths in val.values() for path in paths}
+def _notice_shared(train: Images, val: Images) -> None:
+    """Say which validation images are training images too, to the byte."""
+    known, others = ({p for paths in side.values() for p in paths} for side in (train, val))
     shared = [p for p in _same_bytes([*known, *others]) if known & set(p) and others & set(p)]
     if shared:
-        notice(
-            f"pictures that are both in training and in validation, which flatters the accuracy: "
-            f"{len(shared)}; the first: {', '.join(shared[0])}"
-        )
+        first = ", ".join(shared[0])
+        notice(f"images on both sides, which flatters accuracy: {len(shared)}; the first: {first}")
 
 
 def _same_bytes(paths: list[str]) -> list[list[str]]:
-    """Groups of two or more files with equal content, sorted.
-
-    Few files share a size, fewer their first bytes, so hardly any is read whole.
-    """
+    """Groups of two or more files with equal content, sorted."""
     groups = [paths]
-    for key in (_size, _start, _digest):
-        parts = []
-        for group in groups:
-            by_key = defaultdict(list)
+    # Few files share a size, so hardly any is read.
+    for key in (os.path.getsize, lambda path: hashlib.sha256(Path(path).read_bytes()).digest()):
+        by_key = defaultdict(list)
+        for number, group in enumerate(groups):
             for path in group:
-                with suppress(OSError):  # gone meanwhile: reading it will say so
-                    by_key[key(path)].append(path)
-            parts += [part for part in by_key.values() if len(part) > 1]
-        groups = parts
+                with suppress(OSError):  # reading it as an image will say so
+                    by_key[number, key(path)].append(path)
+        groups = [group for group in by_key.values() if len(group) > 1]
     return sorted(sorted(group) for group in groups)
 
 
-def _size(path: str) -> int:
-    return os.stat(path).st_size
-
-
-def _start(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(4096)
-
-
-def _digest(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def fingerprint(root: str | Path, paths: list[str]) -> str:
-    """Changes with the order, names and sizes of the pictures, not with the place of the folder."""
-    digest = hashlib.sha256()
-    place = cache(lambda folder: os.path.relpath(folder, root))
-    for path in paths:
-        folder, name = os.path.split(path)
-        with suppress(OSError):  # gone meanwhile
-            digest.update(os.fsencode(f"{place(folder)}/{name}\0{_size(path)}\0"))
-    return digest.hexdigest()
-
-
-def with_labels(pictures: Pictures, classes: list[str]) -> tuple[list[str], list[int]]:
+def with_labels(images: Images, classes: list[str]) -> tuple[list[str], list[int]]:
     """{class: paths} to paths and, for each, the index of its class in `classes`."""
     index = {name: i for i, name in enumerate(classes)}
-    paths = [path for found in pictures.values() for path in found]
-    labels = [index[name] for name, found in pictures.items() for _ in found]
-    return paths, labels
+    paths = [path for found in images.values() for path in found]
+    return paths, [index[name] for name, found in images.items() for _ in found]
 
 
-class BadPictures:
-    """Pictures that cannot be read: named once each, passed over while they are few.
+class BadImages:
+    """Images that cannot be read, of `total`: named once each, skipped while they are few."""
 
-    Args:
-        total: how many pictures there are, good and bad.
-        skip: False makes the first one an error.
-    """
-
-    def __init__(self, total: int, skip: bool) -> None:
+    def __init__(self, total: int) -> None:
         self.total = total
-        self.skip = skip
         self.seen: set[str] = set()
 
     def add(self, error: ImageError) -> None:
-        """Note one.
-
-        Raises:
-            ImageError: none may be passed over.
-            RunError: they are no longer few.
-        """
-        if not self.skip:
-            raise error
+        """Note one; raises RunError when they are no longer few."""
         if str(error) not in self.seen:
             self.seen.add(str(error))
             notice(f"skipped: {error}")
         if len(self.seen) > max(1, MOST_BAD * self.total):
-            raise RunError(
-                f"{len(self.seen)} of {self.total} pictures cannot be read, more than "
-                f"{MOST_BAD:.0%}: is the disk or the copy damaged?"
-            )
-
-    def scan(self, paths: Sequence[str], labels: Sequence[int]) -> tuple[list[str], list[int]]:
-        """Look at the first bytes of every picture; returns those that can be read, so far."""
-
-        def look(path: str) -> ImageError | None:
-            try:
-                return check_header(path)
-            except ImageError as error:
-                return error
-
-        kept = []
-        with ThreadPoolExecutor() as pool:
-            for pair, error in zip(
-                zip(paths, labels, strict=True), pool.map(look, paths), strict=True
-            ):
-                if error:
-                    self.add(error)
-                else:
-                    kept.append(pair)
-        return [path for path, _ in kept], [label for _, label in kept]
+            counts = f"{len(self.seen)} of {self.total} images cannot be read"
+            raise RunError(f"check the disk, or the copy: {counts}, more than {MOST_BAD:.0%}")

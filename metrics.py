@@ -9,63 +9,48 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(1, keepdims=True)
 
 
-def measure(logits: np.ndarray, labels: np.ndarray) -> dict:
-    """Compare answers with the truth.
+class Tally:
+    """Mean cross entropy, accuracy and confusion matrix, int64 (classes, classes) by
+    [truth, prediction], of answers that come batch by batch."""
 
-    Args:
-        logits: (n, classes).
-        labels: (n,) class indices.
+    def __init__(self, classes: int) -> None:
+        self.images = 0
+        self.confusion = np.zeros((classes, classes), np.int64)
+        self._loss_sum = 0.0
+        self._top5_hits = 0
 
-    Returns:
-        {"loss": mean cross entropy, "accuracy": top-1, 0 to 1, "top5": likewise, None for five
-        classes or fewer, "images": n, "confusion": int64 (classes, classes) [truth, prediction]},
-        and for each picture, in order, "losses" (n,), "predicted" (n,) and "confidence" (n,), the
-        probability of the prediction.
-    """
-    n, classes = logits.shape
-    wide = logits.astype(np.float64)
-    shifted = wide - wide.max(1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(n), labels]  # (n,)
-    predicted = logits.argmax(1)
-    top5 = None
-    if classes > 5:
-        best = np.argpartition(-wide, 4, axis=1)[:, :5]  # (n,5), in any order
-        top5 = float((best == labels[:, None]).any(1).mean())
-    pairs = np.bincount(labels * classes + predicted, minlength=classes**2)
-    return {
-        "loss": float(losses.mean()),
-        "accuracy": float((predicted == labels).mean()),
-        "top5": top5,
-        "images": n,
-        "confusion": pairs.reshape(classes, classes),
-        "losses": losses,
-        "predicted": predicted,
-        "confidence": softmax(logits).max(1),
-    }
+    def add(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Count answers, logits (n, classes), against class indices (n,); returns losses (n,)."""
+        wide = logits.astype(np.float64)
+        wide -= wide.max(1, keepdims=True)
+        truth = wide[np.arange(len(labels)), labels]  # (n,)
+        losses = np.log(np.exp(wide).sum(1)) - truth
+        self.images += len(labels)
+        self._loss_sum += losses.sum()
+        self._top5_hits += int(((wide > truth[:, None]).sum(1) < 5).sum())
+        np.add.at(self.confusion, (labels, logits.argmax(1)), 1)
+        return losses
+
+    def figures(self) -> dict:
+        """Mean loss; accuracy and top5, 0 to 1 (None for five classes or fewer); images."""
+        return {
+            "accuracy": float(self.confusion.trace() / self.images),
+            "top5": self._top5_hits / self.images if len(self.confusion) > 5 else None,
+            "loss": float(self._loss_sum / self.images),
+            "images": self.images,
+        }
 
 
 def class_report(confusion: np.ndarray, classes: list[str]) -> list[dict]:
-    """Precision, recall and F1 of each class, None where they divide by zero.
-
-    Args:
-        confusion: (classes, classes), rows the truth, columns the prediction.
-        classes: their names.
-    """
+    """Images, precision, recall and F1 of each class, None where they divide by zero, from counts
+    (classes, classes), rows the truth, columns the prediction."""
 
     def ratio(a: int, b: int) -> float | None:
         return a / b if b else None
 
     rows = []
-    for index, name in enumerate(classes):
-        hits = int(confusion[index, index])
-        actual, claimed = int(confusion[index].sum()), int(confusion[:, index].sum())
-        rows.append(
-            {
-                "class": name,
-                "images": actual,
-                "precision": ratio(hits, claimed),
-                "recall": ratio(hits, actual),
-                "f1": ratio(2 * hits, actual + claimed),
-            }
-        )
+    counts = (confusion.diagonal(), confusion.sum(1), confusion.sum(0))
+    for name, hits, actual, claimed in zip(classes, *(c.tolist() for c in counts), strict=True):
+        row = {"class": name, "images": actual, "precision": ratio(hits, claimed)}
+        rows.append(row | {"recall": ratio(hits, actual), "f1": ratio(2 * hits, actual + claimed)})
     return rows

@@ -5,10 +5,10 @@ v1: Zhang et al., "ShuffleNet: An Extremely Efficient Convolutional Neural Netwo
 v2: Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design",
     ECCV 2018, arXiv 1807.11164.
 
-Both share one skeleton; the shapes are those of one 224x224 picture, width 1.0 (v1: 3 groups):
+Both share one skeleton; the shapes are those of one 224x224 image, width 1.0 (v1: 3 groups):
 
     layer            output    v1 channels   v2 channels   units
-    picture          224x224        3             3
+    image            224x224        3             3
     conv1 3x3, /2    112x112       24            24
     maxpool 3x3, /2   56x56        24            24
     stage2            28x28       240           116         4 (the first has stride 2)
@@ -21,34 +21,33 @@ Both share one skeleton; the shapes are those of one 224x224 picture, width 1.0 
 The v2 networks interchange weights with torchvision: same keys, same shapes, same logits.
 """
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Deal the channels of `groups` equal blocks out in turn, as cards (v1, section 3.1).
+    """Deal the channels of `groups` equal blocks of (N, C, H, W) out in turn, as cards (v1, section
+    3.1): 12 channels in 3 groups leave in the order 0 4 8 1 5 9 2 6 10 3 7 11.
 
-    Args:
-        x: (N, C, H, W), C a multiple of `groups`; the memory format is kept.
-        groups: number of blocks. 12 channels in 3 groups leave in the order
-            0 4 8 1 5 9 2 6 10 3 7 11.
-
-    Raises:
-        ValueError: the channels do not divide into `groups`.
+    The memory format is kept. ValueError if the channels do not divide into the groups.
     """
     n, c, h, w = x.shape
     if groups < 1 or c % groups != 0:
         raise ValueError(f"channel_shuffle: {c} channels do not divide into {groups} groups")
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        # The same shuffle on the last axis of (N,H,W,C), so that no layout is converted.
-        x = x.permute(0, 2, 3, 1).view(n, h, w, groups, c // groups)
+    if x.stride(1) == 1:
+        # channels_last in memory: the same shuffle on the last axis, so that it stays so.
+        x = x.permute(0, 2, 3, 1).reshape(n, h, w, groups, c // groups)
         return x.transpose(3, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)
     x = x.reshape(n, groups, c // groups, h, w).transpose(1, 2)  # (N,g,C/g,H,W) -> (N,C/g,g,H,W)
     return x.reshape(n, c, h, w)
+
+
+# torch.fx, and what is built on it, takes the shuffle as one operation: it branches on its input.
+torch.fx.wrap("channel_shuffle")
 
 
 def _pointwise(input_c: int, output_c: int, groups: int = 1) -> nn.Conv2d:
@@ -59,12 +58,6 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
 
 
-def _head(input_c: int, num_classes: int) -> nn.Linear:
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}, must be at least 1")
-    return nn.Linear(input_c, num_classes)
-
-
 def _stem(channels: int) -> tuple[nn.Sequential, nn.MaxPool2d]:
     """The start that both versions share: (N,3,H,W) -> (N,channels,H/4,W/4)."""
     conv = nn.Conv2d(3, channels, 3, 2, padding=1, bias=False)
@@ -72,9 +65,7 @@ def _stem(channels: int) -> tuple[nn.Sequential, nn.MaxPool2d]:
     return conv1, nn.MaxPool2d(3, 2, padding=1)
 
 
-# --------------------------------------------------------------------------------------------
-# v2
-# --------------------------------------------------------------------------------------------
+# -- v2 --------------------------------------------------------------------------------------------
 
 
 class InvertedResidual(nn.Module):
@@ -84,25 +75,15 @@ class InvertedResidual(nn.Module):
     3x3 depthwise and 1x1 convolutions. Stride 2 sends all channels through both branches. The
     concatenation is then shuffled, so that the next split mixes the two.
 
-    Args:
-        input_c: channels in.
-        output_c: channels out, even; equal to `input_c` at stride 1.
-        stride: 1 keeps the size, 2 halves it.
-
-    Raises:
-        ValueError: the stride is not 1 or 2, `output_c` is odd, or the widths differ at stride 1.
+    ValueError if the stride is not 1 or 2, `output_c` odd, or another than `input_c` at stride 1.
     """
 
     def __init__(self, input_c: int, output_c: int, stride: int) -> None:
         super().__init__()
-        if stride not in (1, 2):
-            raise ValueError(f"InvertedResidual: stride is {stride}, must be 1 or 2")
-        if output_c < 2 or output_c % 2:
-            raise ValueError(f"InvertedResidual: output_c is {output_c}, must be even and positive")
-        if stride == 1 and input_c != output_c:
+        if stride not in (1, 2) or output_c % 2 or (stride == 1 and input_c != output_c):
             raise ValueError(
-                f"InvertedResidual: stride 1 keeps the width, but input_c is {input_c} "
-                f"and output_c is {output_c}"
+                f"InvertedResidual({input_c}, {output_c}, {stride}): the stride must be 1 or 2, "
+                "output_c even, and equal to input_c at stride 1"
             )
         self.stride = stride
         branch_c = output_c // 2
@@ -144,9 +125,6 @@ class ShuffleNetV2(nn.Module):
         stages_out_channels: channels of conv1, stage 2, 3, 4 and conv5.
         num_classes: outputs of `fc`.
         inverted_residual: the unit, called with (input_c, output_c, stride).
-
-    Raises:
-        ValueError: a list has the wrong length, a unit refuses its widths, or there is no class.
     """
 
     def __init__(
@@ -157,10 +135,8 @@ class ShuffleNetV2(nn.Module):
         inverted_residual: Callable[[int, int, int], nn.Module] = InvertedResidual,
     ) -> None:
         super().__init__()
-        if len(stages_repeats) != 3 or min(stages_repeats) < 1:
-            raise ValueError(f"stages_repeats is {stages_repeats}, must be 3 positive numbers")
-        if len(stages_out_channels) != 5:
-            raise ValueError(f"stages_out_channels is {stages_out_channels}, must be 5 numbers")
+        if len(stages_repeats) != 3 or len(stages_out_channels) != 5:
+            raise ValueError("stages_repeats must be 3 numbers and stages_out_channels 5")
         conv1_c, *stages_c, conv5_c = stages_out_channels
 
         self.conv1, self.maxpool = _stem(conv1_c)
@@ -174,10 +150,10 @@ class ShuffleNetV2(nn.Module):
         self.conv5 = nn.Sequential(
             _pointwise(input_c, conv5_c), nn.BatchNorm2d(conv5_c), nn.ReLU(inplace=True)
         )
-        self.fc = _head(conv5_c, num_classes)
+        self.fc = nn.Linear(conv5_c, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) to what `fc` sees, (N, channels of conv5)."""
+        """Images (N, 3, H, W) to what `fc` sees, (N, channels of conv5)."""
         x = self.maxpool(self.conv1(x))  # (N,3,224,224) -> (N,24,112,112) -> (N,24,56,56)
         x = self.stage2(x)  # -> (N,116,28,28)
         x = self.stage3(x)  # -> (N,232,14,14)
@@ -186,13 +162,11 @@ class ShuffleNetV2(nn.Module):
         return x.mean([2, 3])  # -> (N,1024)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised pictures (N, 3, H, W) to logits (N, num_classes)."""
+        """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
         return self.fc(self.forward_features(x))
 
 
-# --------------------------------------------------------------------------------------------
-# v1
-# --------------------------------------------------------------------------------------------
+# -- v1 --------------------------------------------------------------------------------------------
 
 
 class ShuffleUnit(nn.Module):
@@ -201,34 +175,20 @@ class ShuffleUnit(nn.Module):
     The shuffle lets every group of the second 1x1 convolution see all groups of the first. No
     ReLU follows the depthwise convolution.
 
-    Args:
-        input_c: channels in.
-        output_c: channels out; the bottleneck is a quarter of it.
-        stride: 1 adds the input; 2 halves the size and concatenates the average-pooled input, so
-            the convolutions make only `output_c - input_c` channels.
-        groups: groups of both 1x1 convolutions.
-        first_grouped: False leaves the first 1x1 convolution ungrouped (the paper's choice for
-            stage 2, where the input is narrow).
-
-    Raises:
-        ValueError: the stride is not 1 or 2, or the widths do not fit the stride and the groups.
+    Stride 1 adds the input. Stride 2 halves the size and concatenates the average-pooled input, so
+    the convolutions make only `output_c - input_c` channels. The bottleneck is a quarter of
+    `output_c`. `first_grouped` False leaves the first 1x1 convolution ungrouped (the paper's choice
+    for stage 2, where the input is narrow). ValueError if the widths do not fit.
     """
 
     def __init__(
         self, input_c: int, output_c: int, stride: int, groups: int, first_grouped: bool = True
     ) -> None:
         super().__init__()
-        if stride not in (1, 2):
-            raise ValueError(f"ShuffleUnit: stride is {stride}, must be 1 or 2")
-        if stride == 1 and input_c != output_c:
+        if stride not in (1, 2) or (input_c != output_c if stride == 1 else input_c >= output_c):
             raise ValueError(
-                f"ShuffleUnit: stride 1 adds the input, but input_c is {input_c} "
-                f"and output_c is {output_c}"
-            )
-        if stride == 2 and output_c <= input_c:
-            raise ValueError(
-                f"ShuffleUnit: stride 2 must widen, but input_c is {input_c} "
-                f"and output_c is {output_c}"
+                f"ShuffleUnit: stride {stride} from {input_c} to {output_c} channels; stride 1 "
+                "must keep them and stride 2, the only other, widen them"
             )
         if groups < 1 or output_c % (4 * groups) or input_c % groups:
             raise ValueError(
@@ -264,16 +224,12 @@ class ShuffleUnit(nn.Module):
 
 
 # Channels of conv1 and of stage 2, by groups and width; stages 3 and 4 double. The paper prints the
-# row of width 1.0 (table 1) and of the others says only to scale the number of filters. The rule:
-#
-#   stage 2  the scaled width, rounded (halves up) to a multiple of 4 * groups, so that the
-#            bottleneck divides into the groups
-#   conv1    12, 12, 24, 24, 48 by width, as megvii's code has it; where that does not divide by the
-#            groups, or strays over 5 % from the paper's 13, 38, 140, 292, 524 million
-#            multiply-adds, the nearest multiple of 4 and of the groups that does not
-#
-# For 3 and 8 groups from 0.5 up these are megvii's tables. One case fits no conv1: 8 groups at 0.25
-# cost 12.04 M, within 5 % of 13 only with the classifier (12.43 M).
+# row of width 1.0 (table 1) and of the others says only to scale the number of filters. Stage 2 is
+# the scaled width, rounded (halves up) to a multiple of 4 * groups, so that the bottleneck divides
+# into the groups. conv1 is 12, 12, 24, 24, 48, as megvii's code has it; where that does not divide
+# by the groups, or strays over 5 % from the paper's 13, 38, 140, 292, 524 million multiply-adds,
+# the nearest multiple of 4 and of the groups that does not (8 groups at 0.25: 12.04 M, 7 % off).
+# For 3 and 8 groups from 0.5 up these are megvii's tables.
 _V1_CHANNELS = {
     # width:   0.25        0.5         1.0         1.5         2.0
     1: {0.25: (12, 36), 0.5: (12, 72), 1.0: (24, 144), 1.5: (20, 216), 2.0: (48, 288)},
@@ -285,23 +241,14 @@ _V1_CHANNELS = {
 
 
 class ShuffleNetV1(nn.Module):
-    """ShuffleNet v1 (table 1).
-
-    Args:
-        groups: 1, 2, 3, 4 or 8; the paper's figures are mostly for 3.
-        width: 0.25, 0.5, 1.0, 1.5 or 2.0, the paper's "s x".
-        num_classes: outputs of `fc`.
-
-    Raises:
-        ValueError: groups or width are none of these, or there is no class.
-    """
+    """ShuffleNet v1 (table 1), of 1, 2, 3, 4 or 8 groups (the paper's figures are mostly for 3) and
+    width 0.25, 0.5, 1.0, 1.5 or 2.0, the paper's "s x"; ValueError for others."""
 
     def __init__(self, groups: int = 3, width: float = 1.0, num_classes: int = 1000) -> None:
         super().__init__()
-        if groups not in _V1_CHANNELS:
-            raise ValueError(f"groups is {groups}, must be one of {list(_V1_CHANNELS)}")
-        if width not in _V1_CHANNELS[groups]:
-            raise ValueError(f"width is {width}, must be one of {list(_V1_CHANNELS[groups])}")
+        if width not in _V1_CHANNELS.get(groups, {}):
+            known = f"{list(_V1_CHANNELS)} at one of {list(_V1_CHANNELS[1])}"
+            raise ValueError(f"{groups} groups at width {width}: must be one of {known}")
         input_c, output_c = _V1_CHANNELS[groups][width]
 
         self.conv1, self.maxpool = _stem(input_c)
@@ -313,10 +260,10 @@ class ShuffleNetV1(nn.Module):
             stages.append(nn.Sequential(*units))
             input_c, output_c = output_c, 2 * output_c
         self.stage2, self.stage3, self.stage4 = stages
-        self.fc = _head(input_c, num_classes)
+        self.fc = nn.Linear(input_c, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W) to what `fc` sees, (N, channels of stage 4)."""
+        """Images (N, 3, H, W) to what `fc` sees, (N, channels of stage 4)."""
         x = self.maxpool(self.conv1(x))  # (N,3,224,224) -> (N,24,112,112) -> (N,24,56,56)
         x = self.stage2(x)  # -> (N,240,28,28)
         x = self.stage3(x)  # -> (N,480,14,14)
@@ -324,13 +271,11 @@ class ShuffleNetV1(nn.Module):
         return x.mean([2, 3])  # -> (N,960)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised pictures (N, 3, H, W) to logits (N, num_classes)."""
+        """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
         return self.fc(self.forward_features(x))
 
 
-# --------------------------------------------------------------------------------------------
-# The variants
-# --------------------------------------------------------------------------------------------
+# -- The variants ----------------------------------------------------------------------------------
 
 _V2_CHANNELS = {  # table 5: conv1, stage 2, 3, 4, conv5
     "x0_5": [24, 48, 96, 192, 1024],
@@ -351,37 +296,15 @@ VARIANTS: dict[str, Callable[..., ShuffleNetV1 | ShuffleNetV2]] = {
 
 
 def build_model(name: str, num_classes: int = 1000) -> ShuffleNetV1 | ShuffleNetV2:
-    """Build a network of `VARIANTS` by its name, with fresh weights.
-
-    Raises:
-        ValueError: no such name (the nearest are listed), or fewer than one class.
-    """
+    """A network of `VARIANTS` by its name, with fresh weights; ValueError for no such name."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=4, cutoff=0)
-        raise ValueError(f"no model is called {name!r}; the nearest are {', '.join(near)}")
+        raise ValueError(f"no model is called {name!r}, only {', '.join(VARIANTS)}")
     return VARIANTS[name](num_classes=num_classes)
 
 
-def shufflenet_v2_x0_5(num_classes: int = 1000) -> ShuffleNetV2:
-    """41 M multiply-adds, 1.37 M parameters (1000 classes)."""
-    return build_model("shufflenet_v2_x0_5", num_classes)
-
-
-def shufflenet_v2_x1_0(num_classes: int = 1000) -> ShuffleNetV2:
-    """146 M multiply-adds in the paper, 145 M as torchvision splits stage 2; 2.28 M parameters."""
-    return build_model("shufflenet_v2_x1_0", num_classes)
-
-
-def shufflenet_v2_x1_5(num_classes: int = 1000) -> ShuffleNetV2:
-    """299 M multiply-adds in the paper, 296 M as torchvision splits stage 2; 3.50 M parameters."""
-    return build_model("shufflenet_v2_x1_5", num_classes)
-
-
-def shufflenet_v2_x2_0(num_classes: int = 1000) -> ShuffleNetV2:
-    """591 M multiply-adds in the paper, 583 M as torchvision splits stage 2; 7.39 M parameters."""
-    return build_model("shufflenet_v2_x2_0", num_classes)
-
-
-def shufflenet_v1_g3(num_classes: int = 1000) -> ShuffleNetV1:
-    """The paper's usual v1: width 1.0, 3 groups; 137 M multiply-adds, 1.87 M parameters."""
-    return build_model("shufflenet_v1_x1_0_g3", num_classes)
+# By their names in the tutorial and in torchvision, called with num_classes=...
+shufflenet_v2_x0_5 = partial(build_model, "shufflenet_v2_x0_5")
+shufflenet_v2_x1_0 = partial(build_model, "shufflenet_v2_x1_0")
+shufflenet_v2_x1_5 = partial(build_model, "shufflenet_v2_x1_5")
+shufflenet_v2_x2_0 = partial(build_model, "shufflenet_v2_x2_0")
+shufflenet_v1_g3 = partial(build_model, "shufflenet_v1_x1_0_g3")  # the paper's usual v1

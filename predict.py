@@ -1,112 +1,83 @@
-"""Classify pictures with a trained network.
+"""Classify images with a trained network.
 
-    python predict.py PICTURE
+    python predict.py IMAGE
     python predict.py FOLDER --weights runs/RUN/best.pth --json
     python predict.py FOLDER --weights model.onnx --output result.csv
-    python predict.py PICTURE --save-plot result.png
+    python predict.py IMAGE --save-plot result.png
 
-Prints for each picture its path and the most probable classes, best first. A picture that cannot
-be read is named on stderr, the others are classified, and the exit code is 1.
+Prints for each image its path and the most probable classes, best first. An image that cannot be
+read is named on stderr, the others are classified, and the exit code is 1.
 """
 
 import argparse
-import contextlib
-import csv
 import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cli
 from cli import RunError, UsageError, notice, printable
 
-if TYPE_CHECKING:
-    import numpy as np
-
-PANELS = 32  # pictures in a plot
-TABLES = (".csv", ".jsonl")
-MANY = 64  # pictures from which on a progress bar is worth its import
+PANELS = 32  # images in a plot
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Classify pictures with a trained network.")
-    parser.add_argument(
-        "pictures",
-        nargs="+",
-        metavar="IMAGE_OR_DIR",
-        help="pictures, and folders in which to look for them, also below",
-    )
+    parser = cli.Parser(description="Classify images with a trained network.")
+    # fmt: off
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR",
+        help="images, and folders in which to look for them, also below")
     cli.add_inference(parser.add_argument_group("network"))
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--topk", type=cli.number(int, 1), default=5, metavar="K",
-        help="classes per picture, at most as many as there are",
-    )  # fmt: skip
-    form = output.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a line")
-    form.add_argument(
-        "--output",
-        metavar="FILE",
-        help="write results there (.csv, or .jsonl with one JSON object a line), not to the screen",
-    )
-    output.add_argument(
-        "--save-plot", metavar="FILE", help="draw the pictures with their classes (PNG, PDF, SVG)"
-    )
-    output.add_argument("--show", action="store_true", help="draw them in a window")
+    add = parser.add_argument_group("output").add_argument
+    add("--topk", type=cli.number(int, 1), default=5, metavar="K",
+        help="classes per image, at most as many as there are")
+    add("--json", action="store_true", help="print one JSON object per line")
+    add("--output", metavar="FILE.csv", help="write a table, print nothing")
+    add("--save-plot", metavar="FILE", help="draw the images with their classes (PNG, PDF, SVG)")
+    add("--show", action="store_true", help="draw them in a window")
+    # fmt: on
     return parser
 
 
-def main(args: argparse.Namespace) -> list[dict]:
-    """Classify as the options say; returns what `--json` prints, with `--output` at most as many
-    of the first results as a plot shows."""
-    paths = _find(args.pictures)
-    weights = args.weights or cli.newest_run("best.pth")
-    cli.require_path(weights, "--weights")
-    for flag, path, suffixes in (
-        ("--save-plot", args.save_plot, cli.PLOTS),
-        ("--output", args.output, TABLES),
-    ):
-        if path:
-            cli.check_file(flag, path, suffixes)
+def main(args: cli.Words = None) -> list[dict]:
+    """Classify as the options say; returns what `--json` prints."""
+    args = cli.parse(build_parser(), args)
+    for place in args.images:
+        cli.require_path(place, "image", folder=os.path.isdir(place))
+    weights = cli.require_weights(args.weights)
+    if args.save_plot:
+        cli.check_file("--save-plot", args.save_plot, cli.PLOTS)
+    if args.output:
+        cli.check_file("--output", args.output, (".csv",))
 
     # Imports that take a while, so not before the paths are known to be right.
     from image import ImageError
-    from pipeline import stream
-    from runtime import open_network
+    from inference import open_network, stream
 
-    threads = max(1, args.workers)
-    network = open_network(
-        weights, device=args.device, runtime=args.runtime, amp=args.amp, pictures=len(paths),
-        threads=threads,
-    )  # fmt: skip
-    topk = min(args.topk, len(network.classes))
+    paths = _find(args.images)
+    network = open_network(weights, args.device, args.runtime, args.amp, args.workers)
     results, failed = [], 0
-    with _writer(args, topk) as write, _progress(args, len(paths)) as step:
-        for path, answer in stream(paths, network.run, network.preprocessing, threads=threads):
-            step()
-            if isinstance(answer, ImageError):
-                failed += 1
-                notice(f"error: {answer}")
-                continue
-            result = {"path": path, "predictions": best_classes(answer, network.classes, topk)}
-            write(result)
-            if not args.output or len(results) < PANELS:
-                results.append(result)
+    for path, answer in stream(paths, network.run, network.preprocessing, args.workers):
+        if isinstance(answer, ImageError):
+            failed += 1
+            notice(f"error: {answer}")
+            continue
+        guesses = best_classes(answer, network.classes, args.topk)
+        results.append({"path": path, "predictions": guesses})
+        if not args.output:
+            cli.say(json.dumps(results[-1]) if args.json else _text(results[-1]))
+    if args.output:
+        from files import save_rows
 
+        save_rows([_row(**result) for result in results], args.output)
+        notice(f"{len(results)} images, {network.computed_by}, written to {args.output}")
     if results and (args.save_plot or args.show):
         _plot(results, args)
-    if args.output:
-        notice(f"{len(paths) - failed} pictures, {network.computed_by}, written to {args.output}")
     if failed:
-        raise RunError(f"{failed} of {len(paths)} pictures could not be read, named above")
+        raise RunError(f"{failed} of {len(paths)} images could not be read, named above")
     return results
 
 
-def best_classes(logits: "np.ndarray", classes: list[str], topk: int) -> list[dict]:
+def best_classes(logits, classes: list[str], topk: int) -> list[dict]:
     """[{"class": name, "prob": 0 to 1}, ...], the `topk` best first, of logits (classes,)."""
     from metrics import softmax
 
@@ -115,31 +86,17 @@ def best_classes(logits: "np.ndarray", classes: list[str], topk: int) -> list[di
     return [{"class": classes[i], "prob": float(probabilities[i])} for i in order]
 
 
-@contextlib.contextmanager
-def _writer(args: argparse.Namespace, topk: int) -> Iterator[Callable[[dict], None]]:
-    """What takes each result as soon as it is there, so that Ctrl-C loses none."""
-    if not args.output:
-        form = json.dumps if args.json else _text
-        # When nobody reads on (`| head`) a plot is drawn all the same, else there is no more to do.
-        say = cli.say if args.save_plot or args.show else partial(print, flush=True)
-        yield lambda result: say(form(result))
-        return
-    from files import UTF8, cells
+def _find(places: list[str]) -> list[str]:
+    """The images named, and those in and below the folders named, in the order given."""
+    from folders import images_below
 
-    # Not renamed at the end: whoever interrupts keeps the whole lines written so far.
-    with open(args.output, "w", buffering=1, **UTF8) as file:
-        if args.output.lower().endswith(".jsonl"):
-            yield lambda result: print(json.dumps(result), file=file)
-            return
-        table = csv.writer(file)
-        columns = [f"{kind}_{rank + 1}" for rank in range(topk) for kind in ("class", "prob")]
-        table.writerow(["path", *columns])
-
-        def write(result: dict) -> None:
-            guesses = ((g["class"], round(g["prob"], 6)) for g in result["predictions"])
-            table.writerow(cells([result["path"], *(c for guess in guesses for c in guess)]))
-
-        yield write
+    paths = []
+    for place in places:
+        found = images_below(place, Counter()) if os.path.isdir(place) else [place]
+        if not found:
+            raise UsageError(f"{place}: no images in it, by their suffix")
+        paths += found
+    return paths
 
 
 def _text(result: dict) -> str:
@@ -148,33 +105,11 @@ def _text(result: dict) -> str:
     return "\n".join([printable(result["path"]), *lines])
 
 
-@contextlib.contextmanager
-def _progress(args: argparse.Namespace, count: int) -> Iterator[Callable[[], None]]:
-    """A bar for many pictures, unless it would run through the results on a terminal."""
-    if count < MANY or (sys.stdout.isatty() and not args.output):
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=count, desc="classifying", unit="img", leave=False) as bar:
-        yield bar.update
-
-
-def _find(places: list[str]) -> list[str]:
-    """The pictures named, and those in and below the folders named, in the order given."""
-    for place in places:
-        if not os.path.isdir(place):
-            cli.require_path(place, "picture")
-
-    from folders import pictures_below
-
-    paths = []
-    for place in places:
-        found = pictures_below(place, Counter()) if os.path.isdir(place) else [place]
-        if not found:
-            raise UsageError(f"{place}: no pictures in it, by their suffix")
-        paths += found
-    return paths
+def _row(path: str, predictions: list[dict]) -> dict:
+    cells = {"path": path}
+    for rank, guess in enumerate(predictions, 1):
+        cells |= {f"class_{rank}": guess["class"], f"prob_{rank}": round(guess["prob"], 6)}
+    return cells
 
 
 def _plot(results: list[dict], args: argparse.Namespace) -> None:
@@ -182,22 +117,17 @@ def _plot(results: list[dict], args: argparse.Namespace) -> None:
     from image import load_rgb
 
     if len(results) > PANELS:
-        notice(f"the plot shows the first {PANELS} of {len(results)} pictures")
-    pictures = [
-        (
-            load_rgb(result["path"]),
-            "\n".join(
-                [plots.short(Path(result["path"]).name, 34)]
-                + [f"{plots.short(g['class'])}  {g['prob']:.3f}" for g in result["predictions"]]
-            ),
-        )
-        for result in results[:PANELS]
-    ]
+        notice(f"the plot shows the first {PANELS} of {len(results)} images")
+    panels = []
+    for result in results[:PANELS]:
+        guesses = [f"{plots.short(g['class'])}  {g['prob']:.3f}" for g in result["predictions"]]
+        name = plots.short(Path(result["path"]).name, 34)
+        panels.append((load_rgb(result["path"]), "\n".join([name, *guesses])))
     if args.save_plot:
-        plots.save_figure(plots.draw_pictures(pictures), args.save_plot)
+        plots.save_figure(plots.draw_images(panels), args.save_plot)
     if args.show:
-        plots.show_pictures(pictures)
+        plots.show_images(panels)
 
 
 if __name__ == "__main__":
-    cli.run(build_parser(), main)
+    cli.run(main)

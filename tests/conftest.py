@@ -1,30 +1,23 @@
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sample_flowers import draw_sample_flowers
 
-# Before torch: tests share the cores with each other and with workers.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+import export
+import train
+
+# Before torch is imported: two test processes share two cores. Scripts that they start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A shell that starts the tests in its background has its children ignore this signal.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 ROOT = Path(__file__).parents[1]
-
-
-def run_train(*args):
-    import train
-
-    return train.main(train.build_parser().parse_args([*map(str, args)]))
 
 
 def small(flowers, folder, *more):
     """Options of a run that takes a second or two."""
     words = ["--data-path", flowers, "--model", "shufflenet_v2_x0_5", "--output-dir", folder]
-    if not {"--freeze-layers", "--resume"} & set(more):  # cached features are of whole pictures
+    if not {"--freeze-layers", "--resume"} & set(more):  # cached features are of whole images
         words += ["--train-size", 64]
     return [*words, "-j", 0, *more]
 
@@ -32,39 +25,41 @@ def small(flowers, folder, *more):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """Work in an empty folder, with an empty cache."""
-    import features
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("features.CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")
 def flowers(tmp_path_factory):
-    """A small data set: five classes of eight drawn pictures."""
-    from sample_flowers import draw_sample_flowers
-
+    """A small data set: five classes of eight drawn images."""
     return draw_sample_flowers(tmp_path_factory.mktemp("data") / "flowers", per_class=8, size=64)
 
 
 @pytest.fixture(scope="session")
 def run_dir(flowers, tmp_path_factory):
     """The output folder of two epochs on `flowers`."""
-    import train
-
     folder = tmp_path_factory.mktemp("runs") / "run"
-    args = ["--data-path", str(flowers), "--model", "shufflenet_v2_x0_5", "--epochs", "2"]
-    train.main(train.build_parser().parse_args([*args, "--output-dir", str(folder)]))
+    train.main(small(flowers, folder, "--epochs", 2, "--batch-size", 4))
     return folder
 
 
 @pytest.fixture(scope="session")
-def onnx_file(run_dir, flowers, tmp_path_factory):
-    """The best network of `run_dir`, exported."""
-    import export
+def torchvision_file(tmp_path_factory):
+    """A state dict as torchvision publishes them: bare, 1000 classes; its values are random."""
+    import torch
+    from torchvision.models import shufflenet_v2_x0_5
 
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "shufflenetv2_x0.5.pth"
+    torch.save(shufflenet_v2_x0_5().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def onnx_file(run_dir, tmp_path_factory):
+    """The best network of `run_dir`, exported."""
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    words = ["--weights", run_dir / "best.pth", "--output", path, "--check-on", flowers]
-    export.main(export.build_parser().parse_args([*map(str, words)]))
+    export.main(["--weights", run_dir / "best.pth", "--output", path])
     return path
 
 
@@ -72,14 +67,9 @@ def onnx_file(run_dir, flowers, tmp_path_factory):
 def shell(tmp_path):
     """Run a script of the repository in an empty folder: shell("train.py", "--help")."""
 
-    def run(script, *args, env=None, timeout=120):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, args)],
-            cwd=tmp_path,
-            env=os.environ | (env or {}),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    def run(script, *args, env=None):
+        words = [sys.executable, ROOT / script, *map(str, args)]
+        result = {"capture_output": True, "text": True, "timeout": 120}
+        return subprocess.run(words, cwd=tmp_path, env=os.environ | (env or {}), **result)
 
     return run

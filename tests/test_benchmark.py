@@ -1,121 +1,108 @@
-"""The benchmarks run what they say, compare the answers and report; figures are for people."""
+"""The benchmarks run what they say and compare the answers; figures are for people."""
 
+import importlib
 import json
+import subprocess
+import sys
 
-import numpy as np
-import pytest
-import torch
-import torchvision
-from PIL import Image
-
+import baseline
 import benchmark
+import numpy as np
+import onnx
+import openvino
+import processes
+import pytest
+
+import checkpoint
+import train
 from cli import RunError, UsageError
 
-
-def run_benchmark(*words):
-    return benchmark.main(benchmark.build_parser().parse_args([*map(str, words)]))
+X0_5 = ("--model", "shufflenet_v2_x0_5")
 
 
-def test_train_runs_both_loops_and_reports_them(flowers, tmp_path, capsys, monkeypatch):
-    """The plain loop, a first run on cached features, and one of all layers."""
-    monkeypatch.setitem(benchmark.OURS["fc"], ", again", benchmark.RECIPE)
-    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "w.pth")
-    words = ["train", flowers, "--weights", tmp_path / "w.pth", "--model", "shufflenet_v2_x0_5"]
-    words += ["--layers", "fc", "--epochs", 1, "--seeds", 1, "-j", 0, "--json"]
-    report = run_benchmark(*words)
+@pytest.fixture
+def exported(run_dir, onnx_file, monkeypatch):
+    """Measure a network that is exported already, since an export takes ten seconds."""
+    theirs, ours = processes.same_networks("shufflenet_v2_x0_5", 5)
+    for network in (theirs, ours):
+        network.load_state_dict(checkpoint.load(run_dir / "best.pth")["model"])
+    model = onnx.load(onnx_file)
+    del model.metadata_props[:]
+    monkeypatch.setattr("export.to_onnx", lambda network, crop: model)
+    # One for both: of two, the one freed last leaves a stale signal stack, and a signal crashes.
+    compiled = openvino.compile_model(onnx_file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    monkeypatch.setattr(openvino, "compile_model", lambda *args: compiled)
+    for module in (benchmark, processes):
+        monkeypatch.setattr(module, "same_networks", lambda name, classes: (theirs, ours))
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """Run here what would be a process of its own, whose imports take seconds."""
+
+    def run(script, *words):
+        if script == "-c":
+            train.main(words[2:])
+        elif script == processes.BASELINE:
+            print(json.dumps(getattr(baseline, words[0])(*map(str, words[1:]))))
+        else:
+            importlib.import_module(script.stem).main(words)
+        return *capsys.readouterr(), {"seconds": 2.0, "peak MB": 3.0}
+
+    monkeypatch.setattr(processes, "run_python", run)
+
+
+def test_inference_measures_every_network_and_draws_them(exported, tmp_path, capsys):
+    words = ["inference", "--batch-sizes", 1, 3, "--rounds", 2, "--seconds", 0]
+    rows = benchmark.main([*words, "--plot", tmp_path / "bars.svg"])["rows"]
+    for row in rows.values():
+        assert list(row) == ["img/s, batch 1", "ms, batch 1", "img/s, batch 3"]
+        assert all(len(figures) == 2 and min(figures) > 0 for figures in row.values())
+    assert "ours, OpenVINO" in (tmp_path / "bars.svg").read_text()
+    head, _, *table = capsys.readouterr().out.splitlines()
+    assert " cores, Python " in head
+    assert [line.count("|") for line in table] == [5] * (2 + 2 * 3)  # a head, networks, runtimes
+
+
+def test_scripts_compares_answers_and_speed(flowers, exported, in_process, capsys):
+    report = benchmark.main(["scripts", flowers, *X0_5, "--rounds", 2, "--json"])
     assert json.loads(capsys.readouterr().out) == report
-    names = ["fc: plain.py", "fc: train.py, first run", "fc: train.py, again"]
-    assert [row["name"] for row in report["rows"]] == names
-    plain, first, again = report["rows"]
-    assert first["img/s"] > 0  # of computing features
-    assert min(plain["img/s"], again["img/s"]) > 0
-    assert plain["times faster"] == 1
-    assert all(row["seconds"] > 0 and row["peak MB"] > 100 for row in report["rows"])
+    assert [name.split(",")[0] for name in report["rows"]] == ["baseline.py"] + ["predict.py"] * 3
+    assert all(row["img/s"] == [20, 20] for row in report["rows"].values())
 
 
-def test_weights_of_another_model_are_refused_at_once(flowers, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "_run", None)  # nothing is run
-    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UsageError, match="w.pth does not fit the model"):
-        run_benchmark("train", flowers, "--weights", tmp_path / "w.pth")
+def test_train_says_what_differs(flowers, torchvision_file, in_process, elsewhere, monkeypatch):
+    assert processes.RECIPE in (processes.ROOT / "README.md").read_text()
+    monkeypatch.setitem(processes.OURS, "all", {processes.RECIPE: "much"})
+    words = ["train", flowers, *X0_5, "--weights", torchvision_file, "--epochs", 1, "--seeds", 1]
+    rows = benchmark.main([*words, "-j", 0])["rows"]
+    assert [name.partition(":")[0] for name in rows] == ["fc", "fc", "fc", "all", "all"]
+    for name, row in rows.items():
+        assert ("img/s" in row) == (not name.endswith("again"))  # nothing is computed
+        assert ("differs besides speed" in row) == (not name.endswith("baseline.py"))
 
 
-def test_the_recipe_is_that_of_the_readme():
-    command = f"--weights imagenet {benchmark.RECIPE} --epochs"
-    assert command in (benchmark.ROOT / "README.md").read_text()
+def test_processes_get_the_environment_of_the_user():
+    """What is set after the start, or by importing what is ours, reaches no process."""
+    code = """import os, benchmark, processes, predict, train
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+print(processes.run_python("-c", "import json, os; print(json.dumps(dict(os.environ)))")[0])"""
+    environment = {"PYTHONPATH": str(processes.ROOT / "tools"), "LC_ALL": "C.UTF-8"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert json.loads(done.stdout) == environment
 
 
-def test_inference_measures_every_runtime_and_draws_it(shell, tmp_path):
-    """In a process of its own, to which the threads of three runtimes remain."""
-    words = ["inference", "--model", "shufflenet_v2_x0_5", "--batch-sizes", 1, 3, "--rounds", 1]
-    words += ["--seconds", 0, "--no-compile", "--plot", "bars.png", "--json"]
-    result = shell("benchmark.py", *words)
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    names = {row["name"] for row in report["rows"]}
-    runtimes = ("PyTorch", "ONNX Runtime", "OpenVINO")
-    assert names == (
-        {f"torchvision, {runtime}" for runtime in runtimes}
-        | {f"ours, {runtime}" for runtime in runtimes}
-        | {f"ours, {runtime}, a batch a core" for runtime in runtimes}
-    )
-    for row in report["rows"]:
-        assert row["img/s, batch 3"] > 0
-        assert 0 < row["ms, batch 1"] <= row["95 %, batch 1"]
-    assert " threads, 1 rounds in turns" in report["options"]
-    Image.open(tmp_path / "bars.png").verify()
-    table = benchmark._table(report["rows"]).splitlines()
-    assert len(table) == 2 + len(names)
-    assert len({line.count("|") for line in table}) == 1
+def test_train_is_run_and_measured_as_a_process(tmp_path):
+    *_, figures = processes.run_python("-c", processes.TRAIN, tmp_path, "--help")
+    assert figures["peak MB"] > 100  # of torch
 
 
-def test_a_fast_wrong_answer_is_an_error():
-    right = np.ones((2, 5), np.float32)
-    benchmark._check("x", right + 1e-6, right)
-    benchmark._check("x bfloat16", right + 1e-2, right)
-    for name, wrong in (("x", right + 1e-2), ("x bfloat16", right * 2), ("x", right * np.nan)):
-        with pytest.raises(RunError, match="computes other logits"):
-            benchmark._check(name, wrong, right)
-
-
-def test_candidates_take_turns():
-    order = []
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = benchmark._take_turns(calls, rounds=3, seconds=0)
-    assert order == ["a", "b"] * 4  # a round to warm up
-    assert [len(times[name]) for name in "ab"] == [3, 3]
-
-
-def test_startup_compares_scripts_and_their_answers(flowers, tmp_path):
-    picture = flowers / "roses" / "roses_000.jpg"
-    report = run_benchmark("startup", picture, "--model", "shufflenet_v2_x0_5", "--rounds", 1)
-    plain, checkpoint, *exported = report["rows"]
-    assert (plain["name"], checkpoint["name"]) == ("plain.py", "predict.py, .pth")
-    names = [row["name"] for row in exported]
-    assert names == ["predict.py, .onnx, onnxruntime", "predict.py, .onnx, openvino"]
-    assert all(row["same class, %"] == 100 for row in (checkpoint, *exported))
-    assert all(row["peak MB"] < plain["peak MB"] for row in exported)
-
-
-def test_pipeline_wants_a_folder_and_startup_a_picture(flowers):
-    with pytest.raises(UsageError, match="not a folder"):
-        run_benchmark("pipeline", flowers / "roses" / "roses_000.jpg")
-    with pytest.raises(UsageError, match="not a file"):
-        run_benchmark("startup", flowers)
-
-
-def test_other_answers_are_refused(tmp_path):
-    table = tmp_path / "t.jsonl"
-    guesses = [
-        {"class": name, "prob": prob}
-        for name, prob in zip("abcde", [0.6, 0.4, 0, 0, 0], strict=True)
-    ]
-    table.write_text(json.dumps({"path": "x", "predictions": guesses}))
-    same = {"same class, %": 100.0, "largest difference": 0.0}
-    assert benchmark._compare("predict.py", table, {"x": [0.6, 0.4, 0, 0, 0]}) == same
-    with pytest.raises(RunError, match="0.0% the same classes"):
-        benchmark._compare("predict.py", table, {"x": [0.4, 0.6, 0, 0, 0]})
-    with pytest.raises(RunError, match="probabilities off by 0.02"):
-        benchmark._compare("predict.py", table, {"x": [0.62, 0.38, 0, 0, 0]})
-    with pytest.raises(RunError, match="answered for 1 of 2 pictures"):
-        benchmark._compare("predict.py", table, {"x": [1], "y": [1]})
+def test_wrong_answers_failures_and_paths_are_errors():
+    right = np.eye(2)
+    for wrong in (right + 1e-4, right * np.nan, right[::-1]):
+        with pytest.raises(RunError, match="it answers otherwise"):
+            processes.check("it", wrong, right, np.max, 1e-5)
+    with pytest.raises(RunError, match="train.py failed: why"):
+        processes.run_python("-c", "raise SystemExit('why')")
+    with pytest.raises(UsageError, match="PATH nowhere"):
+        benchmark.main(["scripts", "nowhere"])

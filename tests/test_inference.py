@@ -1,276 +1,140 @@
-"""The rewritten network computes what the plain one computes."""
+"""The same network by PyTorch, ONNX Runtime and OpenVINO, and images streamed through it."""
 
-import copy
-import random
+import sys
+import threading
+import time
 
+import numpy as np
+import onnx
 import pytest
 import torch
-from torch import nn
-
-from inference import DealtStage, optimize_for_inference
-from model import InvertedResidual, ShuffleNetV2, build_model
-
-# float32 sums in another order; float64 shows that this is all.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-
-
-def trained(model, seed=0):
-    """In eval mode, with batch norms that do something."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.running_mean, -0.3, 0.3),
-                (module.running_var, 0.5, 2),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -0.3, 0.3),
-            ):
-                tensor.uniform_(low, high, generator=generator)
-    return model.eval()
-
-
-def difference(model, optimized, size=64, pictures=2):
-    """The largest difference of the logits, over the largest logit."""
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(pictures, 3, size, size, dtype=dtype)
-    with torch.inference_mode():
-        expected, found = model(x), optimized(x)
-    assert found.dtype == expected.dtype
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("seed", range(25))
-def test_any_stages_compute_the_same(seed, dtype):
-    """Random depths and widths, branches of odd width among them."""
-    draw = random.Random(seed)
-    torch.manual_seed(seed)
-    repeats = [draw.randint(1, 9) for _ in range(3)]
-    channels = [draw.randint(1, 30), *(2 * draw.randint(1, 40) for _ in range(3))]
-    channels.append(draw.randint(1, 50))
-    model = trained(ShuffleNetV2(repeats, channels, draw.randint(1, 9)), seed).to(dtype)
-    optimized = optimize_for_inference(model)
-    assert type(optimized.network.stage4) is DealtStage
-    assert difference(model, optimized) < TOLERANCE[dtype], (repeats, channels)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    "name",
-    [f"shufflenet_v2_x{w}" for w in ("0_5", "1_0", "1_5", "2_0")]
-    + ["shufflenet_v1_x1_0_g3", "shufflenet_v1_x0_5_g1", "shufflenet_v1_x0_25_g8"],
-)
-def test_every_kind_of_variant_computes_the_same(name, dtype):
-    model = trained(build_model(name, 10)).to(dtype)
-    optimized = optimize_for_inference(model)
-    assert difference(model, optimized, size=224) < TOLERANCE[dtype]
-    assert not [m for m in optimized.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-def folded(width, stride):
-    """A block without batch norms, as `DealtStage` takes it."""
-    unit, half, conv = InvertedResidual(width, width, stride), width // 2, nn.Conv2d
-    if stride == 2:
-        depthwise = conv(width, width, 3, groups=width)
-        unit.branch1 = nn.Sequential(depthwise, conv(width, half, 1), nn.ReLU())
-    first = conv(width if stride == 2 else half, half, 1)
-    depthwise = conv(half, half, 3, groups=half)
-    unit.branch2 = nn.Sequential(first, nn.ReLU(), depthwise, conv(half, half, 1), nn.ReLU())
-    return unit
-
-
-def test_the_drawing_of_the_docstring_is_true():
-    units = nn.Sequential(folded(8, 2), folded(8, 1), folded(8, 1))
-    makers = [units[0].branch1, units[0].branch2, units[1].branch2, units[2].branch2]
-    for branch in makers:
-        branch[-2].bias.data = torch.arange(4.0)  # every row carries its number
-    for unit in units[1:]:
-        unit.branch2[0].weight.data[:] = torch.arange(4.0).view(4, 1, 1)  # every column its place
-    stage = DealtStage(units)
-    made = [branch[-2].bias.int().tolist() for branch in makers]
-    assert made == [[2, 3, 1, 0], [2, 3, 1, 0], [2, 3, 0, 1], [0, 1, 2, 3]]
-    assert stage.parts == [[(0, 2), (1, 1), (2, 1)]] * 2 + [[(1, 2), (2, 2)], [(2, 4)]]
-    shuffled = ["a2 b2 a3 b3", "a1 c2 b1 c3", "a0 d0 c0 d1 b0 d2 c1 d3"]
-    places = [unit.branch2[0].weight[0].flatten().int().tolist() for unit in units[1:]]
-    dealt = [
-        " ".join(names.split()[place] for place in order)
-        for names, order in zip(shuffled, [*places, stage.order.tolist()], strict=True)
-    ]
-    assert dealt == ["a2 a3 b2 b3", "a1 b1 c2 c3", "a0 b0 c0 c1 d0 d1 d2 d3"]
-    for line in dealt:
-        assert line in DealtStage.__doc__
-
-
-@pytest.mark.parametrize("pictures", [1, 15, 16, 17, 40])
-def test_a_batch_of_any_size_comes_back_in_order(pictures):
-    model = trained(build_model("shufflenet_v2_x0_5", 10))
-    assert difference(model, optimize_for_inference(model), 32, pictures) < 1e-6
-
 
-def test_the_model_is_left_untouched():
-    model = trained(build_model("shufflenet_v2_x0_5", 10))
-    before = copy.deepcopy(model.state_dict())
-    optimize_for_inference(model, torch.bfloat16)
-    after = model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(p.requires_grad and p.is_contiguous() for p in model.parameters())
+from checkpoint import load_trained
+from cli import RunError, UsageError
+from image import ImageError, load_rgb, resize_and_crop
+from inference import OPEN, open_network, stream, torch_run
+from my_dataset import Normalize
 
+SIZES = {"resize": 40, "crop": 32}
+runtimes = pytest.mark.parametrize("runtime", OPEN)
 
-def test_bfloat16_keeps_the_head_and_comes_close():
-    model = trained(build_model("shufflenet_v2_x0_5", 10))
-    optimized = optimize_for_inference(model, torch.bfloat16)
-    assert optimized.network.stage2.makers[0][0].weight.dtype == torch.bfloat16
-    assert optimized.network.fc.weight.dtype == torch.float32
-    assert 1e-6 < difference(model, optimized) < 0.05
 
+@pytest.fixture(scope="module")
+def paths(flowers):
+    return [str(path) for path in sorted(flowers.glob("*/*"))]
 
-def test_it_computes_in_small_parts_that_lie_as_nhwc_and_for_no_gradients():
-    optimized = optimize_for_inference(trained(build_model("shufflenet_v2_x0_5", 10)))
-    seen = []
-    optimized.network.stage3.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    optimized(torch.randn(40, 3, 64, 64))
-    assert [len(x) for x in seen] == [16, 16, 8]
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-    for parameter in optimized.parameters():
-        assert not parameter.requires_grad
-        assert parameter.dim() != 4 or parameter.is_contiguous(memory_format=torch.channels_last)
 
+@pytest.fixture(scope="module")
+def images(paths):
+    return np.stack([resize_and_crop(load_rgb(path), 256, 224) for path in paths[::2]])
 
-def test_folding_rounds_once():
-    """Each folded weight is the float32 next to what float64 makes of the same weights."""
-    model = trained(build_model("shufflenet_v2_x0_5", 10))
-    exact = optimize_for_inference(copy.deepcopy(model).double()).state_dict()
-    for name, value in optimize_for_inference(model).state_dict().items():
-        assert torch.equal(value, exact[name].float()), name
 
+@pytest.fixture(scope="module")
+def expected(run_dir, images):
+    trained = load_trained(run_dir / "best.pth")
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return trained.model(Normalize(trained.preprocessing)(x)).detach().numpy()
 
-def test_it_may_be_converted_afterwards():
-    model = trained(build_model("shufflenet_v2_x0_5", 10))
-    optimized = optimize_for_inference(model)
-    assert difference(model.double(), optimized.double()) < 1e-6
-    assert optimized.half()(torch.randn(1, 3, 64, 64)).dtype == torch.float16
 
+def distance(found, expected):
+    assert (found.dtype, found.shape) == (np.float32, expected.shape)
+    return abs(found - expected).max() / abs(expected).max()
 
-@pytest.mark.parametrize("part", ["whole", "one batch norm"])
-def test_a_model_in_train_mode_is_refused(part):
-    model = build_model("shufflenet_v2_x0_5", 10)
-    if part != "whole":
-        model.eval().stage3[2].branch2[1].train()
-    with pytest.raises(ValueError, match="in train mode"):
-        optimize_for_inference(model)
 
+@runtimes
+def test_runtimes_compute_what_pytorch_computes(run_dir, onnx_file, images, expected, runtime):
+    network = open_network(onnx_file, runtime=runtime, threads=2)
+    for count in (1, 7, 20):
+        assert distance(network.run(images[:count]), expected[:count]) < 1e-5
+    assert network[1:4] == open_network(run_dir / "best.pth")[1:4]  # name, classes, preprocessing
+    assert network[4:] == ({"val_rate": 0.2, "seed": 0}, runtime)
 
-def test_what_is_no_shufflenet_of_ours_is_refused():
-    class Derived(ShuffleNetV2):
-        def forward(self, x):
-            return -super().forward(x)
 
-    hooked = ShuffleNetV2([1, 1, 1], [4, 4, 4, 4, 4])
-    hooked.register_forward_hook(lambda module, args, output: 2 * output)
-    for model in (nn.Linear(2, 2), Derived([1, 1, 1], [4, 4, 4, 4, 4]), hooked):
-        with pytest.raises(TypeError, match="neither ShuffleNetV1 nor ShuffleNetV2"):
-            optimize_for_inference(model.eval())
+def test_pytorch_computes_it_from_the_checkpoint(run_dir, images, expected):
+    network = open_network(run_dir / "best.pth", device="cpu")
+    assert distance(network.run(images), expected) < 1e-5
+    assert (network.computed_by, network.args["epochs"]) == ("PyTorch on cpu", 2)
+    halved = open_network(run_dir / "best.pth", device="cpu", amp=True).run(images)
+    assert 1e-5 < distance(halved, expected) < 0.05
 
 
-class Halved(InvertedResidual):
-    """A block that someone derived."""
+def test_what_is_asked_for_must_be_there(onnx_file, monkeypatch):
+    with pytest.raises(UsageError, match=r"--device cuda: use the \.pth"):
+        open_network(onnx_file, device="cuda")
+    with pytest.raises(UsageError, match="--amp: add --runtime openvino"):
+        open_network(onnx_file, amp=True)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UsageError, match=r"pip install -r requirements-deploy\.txt: .*openvino"):
+        open_network(onnx_file, runtime="openvino")
 
-    def forward(self, x):
-        return super().forward(x) / 2
 
+CONTENTS = [0, 100, 50_000, b"no onnx file", {"classes": None}, {"preprocessing": "{"}]
+CONTENTS += [{"preprocessing": "[]"}, {"classes": '["a", "b"]'}]
 
-def exchange_activation(model):
-    model.stage3[1].branch2[2] = nn.SiLU()
 
+@runtimes
+@pytest.mark.parametrize("content", CONTENTS, ids=str)
+def test_a_damaged_or_foreign_file_is_one_line(onnx_file, tmp_path, runtime, content):
+    """Cut off, of other bytes, or with other metadata."""
+    model = onnx.load(onnx_file)
+    if isinstance(content, dict):
+        about = {prop.key: prop.value for prop in model.metadata_props} | content
+        onnx.helper.set_model_props(model, {key: value for key, value in about.items() if value})
+    data = content if isinstance(content, bytes) else model.SerializeToString()
+    (tmp_path / "bad.onnx").write_bytes(data[: content if isinstance(content, int) else None])
+    with pytest.raises(RunError, match="bad.onnx: (damaged, or no file|names 2 cl)") as caught:
+        open_network(tmp_path / "bad.onnx", runtime=runtime)
+    assert "\n" not in str(caught.value)
 
-def exchange_order(model):
-    model.stage3 = nn.Sequential(*model.stage3[1:], model.stage3[0])
 
+def mean_colour(images):
+    assert (images.dtype, images.shape[1:]) == (np.uint8, (32, 32, 3))
+    return images.mean((1, 2))
 
-def add_hook(model):
-    model.stage3[1].branch2[3].register_forward_hook(lambda module, args, output: 2 * output)
 
+@pytest.mark.parametrize(("threads", "batch_size"), [(1, 16), (2, 1), (5, 7), (2, 100)])
+def test_answers_come_in_order_whatever_the_threads_and_the_batch(paths, threads, batch_size):
+    def slow_at_first(images):
+        time.sleep(0.05 * (threading.current_thread().name.endswith("_0")))
+        return mean_colour(images)
 
-def drop_statistics(model):
-    norm = model.stage3[1].branch2[1]
-    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-    norm.track_running_stats = False
+    found, answers = zip(*stream(paths, slow_at_first, SIZES, threads, batch_size), strict=True)
+    assert list(found) == paths
+    expected = [resize_and_crop(load_rgb(path), 40, 32).mean((0, 1)) for path in paths]
+    assert np.array_equal(answers, expected)
 
 
-def drop_scale(model):
-    model.stage3[1].branch2[1] = nn.BatchNorm2d(12, affine=False).eval()
+def test_an_image_that_cannot_be_read_is_an_answer_of_its_own(paths, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    mixed = [str(tmp_path / "bad.jpg"), paths[0], str(tmp_path / "gone.jpg"), paths[1]]
+    for batch_size in (1, 2, 4):
+        found = stream(mixed, mean_colour, SIZES, 2, batch_size)
+        assert [isinstance(answer, ImageError) for _, answer in found] == [True, False] * 2
+    assert list(stream([], mean_colour, SIZES, threads=1)) == []
 
 
-def add_dropout(model):
-    model.fc = nn.Sequential(nn.Dropout(0.5), model.fc).eval()
+def test_no_more_images_are_read_than_the_threads_have_in_hand(paths):
+    read = []
+    answers = stream(paths, lambda x: read.extend(x) or mean_colour(x), SIZES, 2, batch_size=1)
+    next(answers)
+    time.sleep(0.3)
+    assert len(read) <= 6
 
 
-def replace_conv5(model):
-    model.conv5 = nn.Sequential(nn.Conv2d(24, 30, 1, groups=2), nn.Hardswish())
+def test_answers_that_are_not_finite_are_an_error(paths):
+    with pytest.raises(RunError, match="not finite"):
+        list(stream(paths, lambda x: np.full((len(x), 2), np.nan), SIZES, threads=2))
 
 
-def repeat_a_unit(model):
-    model.stage3[2] = model.stage3[1]
+def test_a_gpu_computes_one_batch_at_a_time(paths):
+    busy = threading.Lock()
 
+    def model(x):
+        assert busy.acquire(blocking=False)
+        time.sleep(0.01)
+        busy.release()
+        return x.mean((2, 3))
 
-def share_a_convolution(model):
-    model.stage3[2].branch2[0] = model.stage3[1].branch2[0]
-
-
-def make_depthwise_dense(model):
-    model.stage3[0].branch1[0] = nn.Conv2d(12, 12, 3, 2, padding=1)
-
-
-def make_branches_unequal(model):
-    unit = model.stage4[0]
-    unit.branch1[2], unit.branch1[3] = nn.Conv2d(24, 10, 1), nn.BatchNorm2d(10)
-    unit.branch2[5], unit.branch2[6] = nn.Conv2d(12, 14, 1), nn.BatchNorm2d(14)
-
-
-def group_conv5(model):
-    model.conv5[0] = nn.Conv2d(24, 30, 1, groups=3)
-
-
-def group_a_pointwise(model):
-    model.stage3[1].branch2[0] = nn.Conv2d(12, 12, 1, groups=2)
-
-
-def group_the_last_pointwise(model):
-    model.stage3[1].branch2[5] = nn.Conv2d(12, 12, 1, groups=3)
-
-
-def group_a_shortcut(model):
-    model.stage3[0].branch1[2] = nn.Conv2d(12, 12, 1, groups=2)
-
-
-def replace_stem(model):
-    model.conv1 = nn.Conv2d(3, 8, 5, 2, padding=2)
-
-
-CHANGES = [exchange_activation, exchange_order, add_hook, drop_statistics, drop_scale]
-CHANGES += [add_dropout, replace_conv5, replace_stem, repeat_a_unit, share_a_convolution]
-CHANGES += [make_depthwise_dense, make_branches_unequal, group_conv5, group_a_pointwise]
-CHANGES += [group_the_last_pointwise, group_a_shortcut]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_network_that_was_changed_is_never_silently_wrong(change):
-    channels = [8, 24, 24, 24, 30] if change is exchange_order else [8, 12, 24, 24, 30]
-    model = ShuffleNetV2([3, 3, 3], channels, 10)
-    model = trained(model).double()
-    change(model)
-    model.double().eval()
-    assert difference(model, optimize_for_inference(model)) < 1e-12
-
-
-def test_blocks_that_are_not_known_are_left_as_they_are():
-    def block(input_c, output_c, stride):
-        kind = Halved if output_c == 16 and stride == 1 else InvertedResidual
-        return kind(input_c, output_c, stride)
-
-    model = trained(ShuffleNetV2([2, 3, 2], [8, 12, 16, 24, 30], 10, block)).double()
-    optimized = optimize_for_inference(model)
-    assert difference(model, optimized) < 1e-12
-    assert type(optimized.network.stage3[1]) is Halved
-    assert isinstance(optimized.network.stage3[1].branch2[1], nn.BatchNorm2d)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in optimized.network.stage2.modules())
+    gpu = type("Gpu", (str,), {"type": "mps"})("cpu")  # the CPU in the part of a GPU
+    run = torch_run(model, gpu, {"mean": [0.0] * 3, "std": [1.0] * 3})
+    assert len(list(stream(paths, run, SIZES, threads=4, batch_size=1))) == 40

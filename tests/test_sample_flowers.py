@@ -4,9 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
 import sample_flowers
+from PIL import Image
 from sample_flowers import draw_sample_flowers
 
 CLASSES = ["daisy", "dandelion", "roses", "sunflowers", "tulips"]

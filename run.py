@@ -1,0 +1,114 @@
+"""The folder of one training run: its checkpoints, tables, TensorBoard events and drawings.
+
+`last.pth` holds beside what `best.pth` holds (checkpoint.py) what a run needs to be resumed:
+
+    history     a row of figures per epoch; epoch 0 is `fc` alone, trained first
+    best        accuracy, loss, epoch and confusion matrix of the best epoch; or None
+    learning    state of optimizer and scaler, and of the head on cached features; or None
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import checkpoint
+import cli
+import plots
+from cli import UsageError, notice
+from files import save_json, save_rows
+
+# Options that say where and how fast a run goes, not what it computes.
+FREE = {"data_path", "workers", "device", "output_dir", "epochs", "resume", "words"}
+
+
+def load(
+    path: Path, parser: cli.Parser, args: argparse.Namespace
+) -> tuple[dict, argparse.Namespace]:
+    """Read last.pth; returns its state, and the options of the run with those typed now. RunError
+    if it is damaged, UsageError if it is another file, or an option would change the result."""
+    state = checkpoint.load(path)
+    if not state.keys() >= {"args", "history", "best", "learning"}:
+        raise UsageError(f"--resume {path}: name the last.pth of a run; this is another file")
+    began = {name: value for name, value in state["args"].items() if name in vars(args)}
+    parser.set_defaults(**began)
+    args = parser.parse_args(args.words)
+    args.output_dir = str(path.parent)
+    for name in sorted(began.keys() - FREE):
+        if getattr(args, name) != began[name]:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UsageError(f"omit {flag}, or start a new run: {path} began with {began[name]}")
+    if args.epochs != began["epochs"]:
+        notice(f"--epochs {args.epochs}, was {began['epochs']}: the rates ahead change, too")
+    return state, args
+
+
+class Run:
+    """What a training run leaves in its folder, which the caller has locked.
+
+    `about` holds model_name, classes, preprocessing and args, as every checkpoint does; `state` is
+    that of last.pth, to go on, or None to begin: then UsageError if there is a run already.
+    """
+
+    def __init__(self, folder: Path, about: dict, state: dict | None) -> None:
+        if state is None:
+            cli.refuse_run(folder)  # of a run that was faster
+        self.folder, self.about = folder, about
+        self.history: list[dict] = state["history"] if state else []
+        self.best: dict | None = state["best"] if state else None
+        save_json(about["args"], folder / "args.json")
+        names = {str(index): name for index, name in enumerate(about["classes"])}
+        save_json(names, folder / "class_indices.json")
+        save_rows(self.history, folder / "metrics.csv")  # a kill may have come before it
+        self._writer = SummaryWriter(folder, purge_step=self.epoch + 1)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return self.history[-1]["epoch"] if self.history else 0
+
+    def save_last(self, model: nn.Module, learning: dict | None) -> None:
+        """Write last.pth."""
+        state = {"history": self.history, "best": self.best, "learning": learning}
+        checkpoint.save(self._usable(model) | state, self.folder / "last.pth")
+
+    def record(self, row: dict, confusion, model: nn.Module, learning: dict | None) -> bool:
+        """Write what an epoch brought: its row of figures, the confusion matrix, the network, and
+        what `last.pth` keeps to resume from. Returns whether it is the best so far."""
+        row.pop("images_per_second", None)  # no two runs have the same
+        self.history.append(row)
+        accuracy, loss = row["val_accuracy"], row["val_loss"]
+        better = not self.best or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"])
+        if better:
+            self.best = {"accuracy": accuracy, "loss": loss, "epoch": row["epoch"]}
+            self.best["confusion"] = torch.from_numpy(confusion)
+            # Before last.pth: killed between the two, the epoch is done again.
+            checkpoint.save(self._usable(model), self.folder / "best.pth")
+        self.save_last(model, learning)
+        save_rows(self.history, self.folder / "metrics.csv")
+        for name in ("loss", "accuracy"):
+            for side in ("train", "val"):
+                self._writer.add_scalar(f"{name}/{side}", row[f"{side}_{name}"], row["epoch"])
+        self._writer.add_scalar("learning_rate", row["lr"], row["epoch"])
+        self._writer.flush()
+        return better
+
+    def _usable(self, model: nn.Module) -> dict:
+        weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        about = {"epoch": self.epoch, "metrics": dict((self.history or [{}])[-1])}
+        return {"model": weights} | self.about | about
+
+    def stalled(self, patience: int | None) -> bool:
+        """Whether `patience` epochs have brought nothing better."""
+        return bool(patience and self.best and self.epoch - self.best["epoch"] >= patience)
+
+    def finish(self) -> None:
+        """Close the events; draw curves.png, and confusion_matrix.png of the best epoch."""
+        self._writer.close()
+        plots.save_figure(plots.draw_curves(self.history, self.best), self.folder / "curves.png")
+        title = f"validation, epoch {self.best['epoch']}, accuracy {self.best['accuracy']:.3f}"
+        counts = self.best["confusion"].numpy()
+        figure = plots.draw_confusion_matrix(counts, self.about["classes"], title)
+        plots.save_figure(figure, self.folder / "confusion_matrix.png")

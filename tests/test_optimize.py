@@ -1,0 +1,160 @@
+"""The rewritten network computes what the plain one computes."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import optimize
+from model import InvertedResidual, ShuffleNetV2, build_model
+from optimize import DealtStage, optimize_for_inference
+
+# float32 sums in another order; float64 shows that this is all.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+KINDS = [f"shufflenet_v2_x{width}" for width in ("0_5", "1_0", "1_5", "2_0")]
+KINDS += ["shufflenet_v1_x1_0_g3", "shufflenet_v1_x0_5_g1", "shufflenet_v1_x0_25_g8"]
+
+
+def trained(model):
+    """In eval mode, with batch norms that do something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(-0.3, 0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return trained(build_model("shufflenet_v2_x0_5", 10))
+
+
+def difference(model, optimized, size=64, images=2):
+    """The largest difference of the logits, over the largest logit."""
+    x = torch.randn(images, 3, size, size, dtype=next(model.parameters()).dtype)
+    with torch.inference_mode():
+        expected, found = model(x), optimized(x)
+    assert found.dtype == expected.dtype
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("seed", range(20))
+def test_any_stages_compute_the_same(seed, dtype):
+    """Random depths and widths, branches of odd width among them."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    repeats = [draw.randint(1, 9) for _ in range(3)]
+    channels = [draw.randint(1, 30), *(2 * draw.randint(1, 40) for _ in range(3))]
+    channels.append(draw.randint(1, 50))
+    model = trained(ShuffleNetV2(repeats, channels, draw.randint(1, 9))).to(dtype)
+    optimized = optimize_for_inference(model)
+    assert type(optimized.network.stage4) is DealtStage
+    assert difference(model, optimized) < TOLERANCE[dtype], (repeats, channels)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_variant_computes_the_same_without_batch_norm(name, dtype):
+    torch.manual_seed(0)
+    model = trained(build_model(name, 10)).to(dtype)
+    optimized = optimize_for_inference(model)
+    assert difference(model, optimized, size=128) < TOLERANCE[dtype]
+    assert not [m for m in optimized.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def folded(width, stride):
+    """A unit without batch norms, as `DealtStage` takes it."""
+    unit, half, conv = InvertedResidual(width, width, stride), width // 2, nn.Conv2d
+    if stride == 2:
+        depthwise = conv(width, width, 3, groups=width)
+        unit.branch1 = nn.Sequential(depthwise, conv(width, half, 1), nn.ReLU())
+    first = conv(width if stride == 2 else half, half, 1)
+    depthwise = conv(half, half, 3, groups=half)
+    unit.branch2 = nn.Sequential(first, nn.ReLU(), depthwise, conv(half, half, 1), nn.ReLU())
+    return unit
+
+
+def test_the_drawing_of_the_docstring_is_true():
+    units = nn.Sequential(folded(8, 2), folded(8, 1), folded(8, 1))
+    makers = [units[0].branch1, units[0].branch2, units[1].branch2, units[2].branch2]
+    for branch in makers:
+        branch[-2].bias.data = torch.arange(4.0)  # every row carries its number
+    for unit in units[1:]:
+        unit.branch2[0].weight.data[:] = torch.arange(4.0).view(4, 1, 1)  # every column its place
+    stage = DealtStage(units)
+    made = [branch[-2].bias.int().tolist() for branch in makers]
+    assert made == [[2, 3, 1, 0], [2, 3, 1, 0], [2, 3, 0, 1], [0, 1, 2, 3]]
+    assert stage.parts == [[(0, 2), (1, 1), (2, 1)]] * 2 + [[(1, 2), (2, 2)], [(2, 4)]]
+    shuffled = ["a2 b2 a3 b3", "a1 c2 b1 c3", "a0 d0 c0 d1 b0 d2 c1 d3"]
+    places = [unit.branch2[0].weight[0].flatten().int().tolist() for unit in units[1:]]
+    dealt = [
+        " ".join(names.split()[place] for place in order)
+        for names, order in zip(shuffled, [*places, stage.order.tolist()], strict=True)
+    ]
+    assert dealt == ["a2 a3 b2 b3", "a1 b1 c2 c3", "a0 b0 c0 c1 d0 d1 d2 d3"]
+    assert all(line in DealtStage.__doc__ for line in dealt)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("images", [1, 16, 17, 40])
+def test_a_batch_of_any_size_comes_back_in_order_traced_or_not(model, images):
+    optimized = optimize_for_inference(model)
+    assert difference(model, optimized, 32, images) < 1e-6
+    traced = torch.jit.trace(optimized, torch.randn(3, 3, 32, 32))
+    assert difference(model, traced, 32, images) < 1e-6
+
+
+def test_it_computes_in_small_parts_that_lie_as_nhwc_and_for_no_gradients(model):
+    optimized, seen = optimize_for_inference(model), []
+    optimized.network.stage3.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    optimized(torch.randn(40, 3, 64, 64))
+    assert [len(x) for x in seen] == [16, 16, 8]
+    convolutions = [p for p in optimized.parameters() if p.dim() == 4]
+    for x in (*seen, *convolutions):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+    assert not any(parameter.requires_grad for parameter in optimized.parameters())
+
+
+def test_the_model_is_left_as_it_is_and_bfloat16_comes_close(model):
+    before = copy.deepcopy(model.state_dict())
+    optimized = optimize_for_inference(model, torch.bfloat16)
+    assert optimized.network.stage2.makers[0][0].weight.dtype == torch.bfloat16
+    assert optimized.network.fc.weight.dtype == torch.float32  # its cost is nothing
+    assert 1e-6 < difference(model, optimized) < 0.05
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.is_contiguous() for p in model.parameters())
+
+
+def test_folding_rounds_once_and_on_the_cpu(model, monkeypatch):
+    """Each weight is the float32 next to what float64 makes of it, which Apple's GPU lacks."""
+    exact = optimize_for_inference(copy.deepcopy(model).double()).state_dict()
+    fold, did = optimize._fold, []
+    monkeypatch.setattr(nn.Module, "cpu", lambda module: did.append(module) or module)
+    monkeypatch.setattr(optimize, "_fold", lambda *args: did.append("fold") or fold(*args))
+    optimized = optimize_for_inference(model).state_dict()
+    assert type(did[0]) is ShuffleNetV2
+    assert did[0] is not model
+    assert set(did[1:]) == {"fold"}
+    assert all(torch.equal(value, exact[name].float()) for name, value in optimized.items())
+
+
+@pytest.mark.parametrize("part", ["whole", "one batch norm"])
+def test_a_model_in_train_mode_is_refused(model, part):
+    model.train() if part == "whole" else model.stage3[2].branch2[1].train()
+    with pytest.raises(ValueError, match="in train mode"):
+        optimize_for_inference(model)
+
+
+def test_what_is_no_shufflenet_of_ours_is_refused():
+    """A derived class, of the network or of one unit, may compute anything."""
+    kind, unit = type("Own", (ShuffleNetV2,), {}), type("Own", (InvertedResidual,), {})
+    sizes = [1, 2, 1], [4, 4, 4, 4, 4]
+    for model in (nn.Linear(2, 2), kind(*sizes), ShuffleNetV2(*sizes, 5, unit)):
+        with pytest.raises(TypeError, match="is no ShuffleNetV1 or ShuffleNetV2 of model.py"):
+            optimize_for_inference(model.eval())
