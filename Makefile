@@ -15,6 +15,8 @@ export TMPDIR := $(CURDIR)/$(CACHE)/tmp
 export PIP_CACHE_DIR := $(CURDIR)/$(CACHE)/pip
 export MPLCONFIGDIR := $(CURDIR)/$(CACHE)/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where this is set, every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test soak lint clean
 

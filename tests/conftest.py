@@ -22,6 +22,23 @@ def small(flowers, folder, *more):
     return [*words, "-j", 0, *more]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_by_openvino():
+    """Keep what OpenVINO compiles: models freed out of order take a stack of the process's signals
+    with them, and the next process that is started from here crashes."""
+    import openvino
+
+    kept, compile_model = [], openvino.Core.compile_model
+
+    def keep(self, *args):
+        kept.append(compile_model(self, *args))
+        return kept[-1]
+
+    openvino.Core.compile_model = keep
+    yield
+    openvino.Core.compile_model = compile_model
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """Work in an empty folder, with an empty cache."""

@@ -130,7 +130,7 @@ def test_fc_first_trains_fc_and_then_all(flowers, tmp_path, torchvision_file, ca
     assert not soak.difference(frozen["model"], whole["model"], "model")
     assert len(whole["learning"]["optimizer"]["state"]) > 2
     assert [row["epoch"] for row in whole["history"]] == [0, 1]
-    assert whole["best"]["epoch"] == load(tmp_path, "all", "best.pth")["epoch"] == 0
+    assert whole["best"]["epoch"] == load(tmp_path, "all", "best.pth")["epoch"]
     accuracy = frozen["history"][-1]["val_accuracy"]
     assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
 

@@ -139,7 +139,7 @@ def run_python(*words: object) -> tuple[str, str, dict]:
     code, seconds, peak = map(float, measured.split())
     if code:
         script = "train.py" if words[0] == "-c" else Path(words[0]).name
-        *_, reason = done.stderr.strip().split("\n")
+        reason = done.stderr.rstrip().rpartition("\n")[2].strip()
         raise RunError(f"{script} failed: {reason or f'exit code {code:.0f}'}")
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return output, done.stderr, {"seconds": seconds, "peak MB": peak * unit / 1e6}
