@@ -18,6 +18,7 @@ import argparse
 import io
 import json
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -43,21 +44,24 @@ def save(state: dict, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Read a weight file to the CPU with `weights_only=True`; RunError if it is none, damaged, or
-    in need of unpickling code."""
+    """Read a weight file to the CPU with `weights_only=True`; RunError if it is not a weight
+    file, is damaged, or would execute code."""
     try:
         if zipfile.is_zipfile(path):  # else of an older format
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is not what was written")
         # torchvision's training script saves its options in one of these: a holder of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about other kinds of files
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if "weights" in reason.lower():  # torch goes on to say how to run them nevertheless
-            reason = "or it holds Python objects, which are never run"
-        raise RunError(f"{path}: damaged, or no weights of torch.save ({reason})") from None
+        if "eights only load failed" in reason or "weights_only" in reason:
+            reason = "it may hold Python objects, which are never run"  # torch says how to run them
+        raise RunError(f"{path}: not a weight file, or damaged: {reason}") from None
     if not isinstance(state, dict):
         raise RunError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return state
@@ -90,9 +94,9 @@ def load_weights(
     ours, theirs = _shapes(model.state_dict(), fc=not new_fc), _shapes(weights)
     if wrong := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
         name = _variant_of(weights)
-        hint = f"use --model {name}" if name else "it fits no network here"
+        hint = f"use --model {name}" if name else "matches no network of this repository"
         first = f"{wrong[0]}: {theirs.get(wrong[0], 'missing')} for {ours.get(wrong[0], 'none')}"
-        raise UsageError(f"{source}: {hint}; {len(wrong)} tensors do not fit, such as {first}")
+        raise UsageError(f"{source}: {hint}; {len(wrong)} tensors differ, for example {first}")
     return tuple(model.load_state_dict(weights, strict=False))
 
 
@@ -119,10 +123,12 @@ def imagenet_weights(model_name: str) -> dict[str, Tensor]:
     if not model_name.startswith("shufflenet_v2_"):
         raise UsageError(f"--weights imagenet: torchvision has none for {model_name}, only for v2")
     published = get_model_weights(model_name).IMAGENET1K_V1
+    place = Path(torch.hub.get_dir(), "checkpoints", published.url.rpartition("/")[2])
+    if place.exists():
+        return state_dict_of(load(place), place)
     try:
         return published.get_state_dict(check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a wrong hash, a damaged file of an earlier time
-        place = Path(torch.hub.get_dir(), "checkpoints", published.url.rpartition("/")[2])
+    except Exception as error:  # no network, or a wrong hash
         reason = str(getattr(error, "reason", error)).splitlines()[0]
         raise RunError(
             f"fetch {published.url} and put it at {place}, or name it with --weights ({reason})"

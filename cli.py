@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, False, "")
+        shown = action.default not in (None, "") and action.default is not False
         return super()._get_help_string(action) if shown else action.help
 
 
@@ -99,7 +99,10 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
         with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high:g}")
+        kinds = {int: "whole number", float: "number"}
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a {kinds[kind]} from {low:g} to {high:g}"
+        )
 
     return convert
 
@@ -231,7 +234,7 @@ def run(main: Callable[[], object]) -> NoReturn:
 
 
 def _leave(signum: int, frame: object) -> NoReturn:
-    """End at once. What is on the disk is whole, as after a kill; nothing is left to tidy up."""
+    """End at once, as a kill does: every file that has its name on the disk is whole."""
     word = "interrupted" if signum == signal.SIGINT else "terminated"
     start = "\n" if os.isatty(2) else ""  # below a progress bar
     os.write(2, f"{start}error: {word}\n".encode())

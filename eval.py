@@ -47,14 +47,15 @@ def main(args: cli.Words = None) -> dict:
     import metrics
     import plots
     from files import save_rows
-    from image import load_rgb
     from inference import open_network
 
     network = open_network(weights, args.device, args.runtime, args.amp, args.workers)
     classes = network.classes
 
     # The data and the split of the run; classes by the name of their folder.
-    data_path = args.data_path or network.args.get("data_path") or cli.FLOWER_PHOTOS
+    data_path = args.data_path or network.args.get("data_path")
+    if not data_path:
+        raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
     root = folders.prepare_data(data_path)
     val_rate, seed = network.args.get("val_rate", 0.2), network.args.get("seed", 0)
     images = folders.images_of(root, args.split, val_rate, seed)
@@ -77,8 +78,11 @@ def main(args: cli.Words = None) -> dict:
     figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
     plots.save_figure(figure, output_dir / "confusion_matrix.png")
     if mistakes:
-        shown = [(load_rgb(row["path"]), _caption(row)) for row in mistakes[:MISTAKES]]
-        plots.save_figure(plots.draw_images(shown), output_dir / "mistakes.png")
+        panels = []
+        for row in mistakes[:MISTAKES]:
+            guess, truth = plots.short(row["prediction"]), plots.short(row["class"])
+            panels.append((row["path"], f"{guess} {row['prob']:.2f}, is {truth}"))
+        plots.save_figure(plots.draw_images(panels), output_dir / "mistakes.png")
     _print_table(report, figures)
     about = {"bad_images": len(bad.seen), "split": args.split, "weights": str(weights)}
     about |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(output_dir)}
@@ -109,12 +113,6 @@ def measure(network, paths: list[str], labels: list[int], bad, threads: int) -> 
                 sure = {"prob": float(softmax(answer[None]).max()), "loss": float(loss)}
                 mistakes.append({"path": path} | names | sure)
     return tally, sorted(mistakes, key=lambda row: -row["loss"])
-
-
-def _caption(row: dict) -> str:
-    from plots import short
-
-    return f"{short(row['prediction'])} {row['prob']:.2f}, is {short(row['class'])}"
 
 
 def _print_table(report: list[dict], figures: dict) -> None:

@@ -89,7 +89,8 @@ def _open_torch(weights: str | Path, device_name: str, amp: bool) -> Network:
     trained = load_trained(weights)
     model = optimize_for_inference(trained.model.to(device), amp_dtype(device, amp))
     run = torch_run(model, device, trained.preprocessing)
-    return Network(run, *trained[1:], computed_by=f"PyTorch on {device}")
+    about = (trained.model_name, trained.classes, trained.preprocessing, trained.args)
+    return Network(run, *about, computed_by=f"PyTorch on {device}")
 
 
 def torch_run(model: Callable, device, preprocessing: dict) -> Run:

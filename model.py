@@ -75,7 +75,7 @@ class InvertedResidual(nn.Module):
     3x3 depthwise and 1x1 convolutions. Stride 2 sends all channels through both branches. The
     concatenation is then shuffled, so that the next split mixes the two.
 
-    ValueError if the stride is not 1 or 2, `output_c` odd, or another than `input_c` at stride 1.
+    ValueError unless the stride is 1 or 2, `output_c` is even, and equals `input_c` at stride 1.
     """
 
     def __init__(self, input_c: int, output_c: int, stride: int) -> None:
@@ -224,12 +224,9 @@ class ShuffleUnit(nn.Module):
 
 
 # Channels of conv1 and of stage 2, by groups and width; stages 3 and 4 double. The paper prints the
-# row of width 1.0 (table 1) and of the others says only to scale the number of filters. Stage 2 is
-# the scaled width, rounded (halves up) to a multiple of 4 * groups, so that the bottleneck divides
-# into the groups. conv1 is 12, 12, 24, 24, 48, as megvii's code has it; where that does not divide
-# by the groups, or strays over 5 % from the paper's 13, 38, 140, 292, 524 million multiply-adds,
-# the nearest multiple of 4 and of the groups that does not (8 groups at 0.25: 12.04 M, 7 % off).
-# For 3 and 8 groups from 0.5 up these are megvii's tables.
+# row of width 1.0 (table 1) and says to scale the others. Stage 2 is rounded to a multiple of
+# 4 * groups, so that the bottleneck divides into the groups; conv1 is as in megvii's code, or what
+# divides by the groups and stays near the paper's multiply-adds (within 5 %, x0.25 g8 8 %).
 _V1_CHANNELS = {
     # width:   0.25        0.5         1.0         1.5         2.0
     1: {0.25: (12, 36), 0.5: (12, 72), 1.0: (24, 144), 1.5: (20, 216), 2.0: (48, 288)},

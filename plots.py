@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from cli import RunError, notice, printable
 from files import replacing
+from image import load_rgb
 
 # Matplotlib's own font, then those with Chinese letters that are installed.
 CHINESE = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC")
@@ -77,8 +78,8 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: 
     return figure
 
 
-def draw_images(images: Sequence[tuple[Image.Image, str]], figure: Figure | None = None) -> Figure:
-    """(image, caption) each as a grid of squares, on an empty figure or a new one."""
+def draw_images(images: Sequence[tuple[str, str]], figure: Figure | None = None) -> Figure:
+    """A grid of squares of (path, caption) each, on an empty figure or a new one."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     side, size = (5, 11) if columns == 1 else (3, 9)  # one image gets a large panel
@@ -88,13 +89,13 @@ def draw_images(images: Sequence[tuple[Image.Image, str]], figure: Figure | None
     figure.set_layout_engine("constrained")
     for panel in figure.subplots(rows, columns, squeeze=False).flat:
         panel.axis("off")
-    for panel, (image, caption) in zip(figure.axes, images, strict=False):
-        panel.imshow(ImageOps.fit(image, (400, 400)))
+    for panel, (path, caption) in zip(figure.axes, images, strict=False):
+        panel.imshow(ImageOps.fit(load_rgb(path), (400, 400)))
         panel.set_title(caption, fontsize=size, parse_math=False)
     return figure
 
 
-def show_images(images: Sequence[tuple[Image.Image, str]]) -> None:
+def show_images(images: Sequence[tuple[str, str]]) -> None:
     """`draw_images` in a window until it is closed; RunError if there is no display."""
     import matplotlib.pyplot as plt
 

@@ -32,7 +32,7 @@ def build_parser() -> cli.Parser:
         help="classes per image, at most as many as there are")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--output", metavar="FILE.csv", help="write a table, print nothing")
-    add("--save-plot", metavar="FILE", help="draw the images with their classes (PNG, PDF, SVG)")
+    add("--save-plot", metavar="FILE", help="draw the images with their classes")
     add("--show", action="store_true", help="draw them in a window")
     # fmt: on
     return parser
@@ -54,8 +54,10 @@ def main(args: cli.Words = None) -> list[dict]:
     from inference import open_network, stream
 
     paths = _find(args.images)
+    # Class names come from the file, too.
     network = open_network(weights, args.device, args.runtime, args.amp, args.workers)
     results, failed = [], 0
+    # An answer is logits float32 (classes,), or an ImageError.
     for path, answer in stream(paths, network.run, network.preprocessing, args.workers):
         if isinstance(answer, ImageError):
             failed += 1
@@ -114,7 +116,6 @@ def _row(path: str, predictions: list[dict]) -> dict:
 
 def _plot(results: list[dict], args: argparse.Namespace) -> None:
     import plots
-    from image import load_rgb
 
     if len(results) > PANELS:
         notice(f"the plot shows the first {PANELS} of {len(results)} images")
@@ -122,7 +123,7 @@ def _plot(results: list[dict], args: argparse.Namespace) -> None:
     for result in results[:PANELS]:
         guesses = [f"{plots.short(g['class'])}  {g['prob']:.3f}" for g in result["predictions"]]
         name = plots.short(Path(result["path"]).name, 34)
-        panels.append((load_rgb(result["path"]), "\n".join([name, *guesses])))
+        panels.append((result["path"], "\n".join([name, *guesses])))
     if args.save_plot:
         plots.save_figure(plots.draw_images(panels), args.save_plot)
     if args.show:

@@ -21,7 +21,7 @@ from cli import UsageError, notice
 from files import save_json, save_rows
 
 # Options that say where and how fast a run goes, not what it computes.
-FREE = {"data_path", "workers", "device", "output_dir", "epochs", "resume", "words"}
+FREE = {"data_path", "workers", "device", "output_dir", "epochs"}
 
 
 def load(

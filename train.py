@@ -40,22 +40,22 @@ def build_parser() -> cli.Parser:
     cli.add_switch(network, "freeze-layers", "train only the last layer, fc")
     add("--cache-features", action=argparse.BooleanOptionalAction, default=True,
         help="with --freeze-layers: compute what fc sees of each image once, and keep it in .cache")
-    cli.add_switch(network, "fc-first", "before all layers, which a fresh fc would spoil, train fc")
+    cli.add_switch(network, "fc-first", "train fc alone first, which else spoils the others")
     cli.add_switch(network, "freeze-bn", "keep batch norm's statistics, scale and shift")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=30, metavar="N", help="passes over the data")
     add("-b", "--batch-size", type=count, metavar="N", help="(default: 16; cached features 64)")
     add("--lr", type=cli.number(float, 1e-30), metavar="RATE",
-        help="of the first epoch (default: 0.01; cached features 0.03; after --fc-first 0.001)")
-    add("--lrf", type=share, default=0.1, metavar="SHARE", help="the cosine ends at lr * lrf")
+        help="first learning rate (default: 0.01; cached features 0.03; after --fc-first 0.001)")
+    add("--lrf", type=share, default=0.1, metavar="SHARE", help="the rate falls towards lr * lrf")
     add("--wd", "--weight-decay", dest="weight_decay", type=cli.number(float, 0), metavar="DECAY",
-        help="of SGD (default: 4e-5; cached features 0.1)")
+        help="weight decay of SGD (default: 4e-5; cached features 0.1)")
     add("--train-size", type=cli.number(int, 64, 1024), metavar="PIXELS",
         help="side of the crops to train on; smaller is faster (if omitted: 224)")
     add("--random-erase", type=share, default=0.0, metavar="SHARE",
         help="share of the training images in which a random rectangle is hidden")
-    add("--patience", type=count, metavar="N", help="stop after N epochs that bring nothing better")
+    add("--patience", type=count, metavar="N", help="stop after N epochs without improvement")
     add("--seed", type=cli.number(int, 0), default=0, metavar="N",
         help="decides split, order, augmentation and fresh weights")
     add("--device", **cli.DEVICE)
@@ -105,9 +105,11 @@ def main(args: cli.Words = None) -> dict:
 
     # Data.
     root = folders.prepare_data(args.data_path)
-    train, val = folders.split_images(root, args.val_rate, args.seed)
-    classes = list(train)
-    train, val = folders.with_labels(train, classes), folders.with_labels(val, classes)
+    # As utils.read_split_data, with the names of the classes kept.
+    train_images, val_images = folders.split_images(root, args.val_rate, args.seed)
+    classes = list(train_images)  # {class: [paths]} -> [paths], [class indices]
+    train = folders.with_labels(train_images, classes)
+    val = folders.with_labels(val_images, classes)
     bad = folders.BadImages(len(train[0]) + len(val[0]))
     notice(f"{len(train[0])} images to train, {len(val[0])} to validate, {len(classes)} classes")
 
@@ -138,18 +140,18 @@ def main(args: cli.Words = None) -> dict:
         if not state:
             run.save_last(model, None)  # so that there always is something to resume
 
-        seen = (model, train, val, preprocessing, device, args.seed, bad, amp)
+        common = (model, train, val, preprocessing, device, args.seed, bad, amp)
         if args.fc_first and not run.history:  # as epoch 0
-            head, *loaders = features.head_and_loaders(*seen, features.RECIPE.batch_size)
+            head, *loaders = features.head_and_loaders(*common, features.RECIPE.batch_size)
             *_, (row, confusion, _) = fit(head, loaders, device, features.RECIPE)
             head.fold_into(model.fc)
             run.record(row | {"epoch": 0}, confusion, model, None)
             notice(f"fc alone reaches {row['val_accuracy']:.4f}; now all layers")
 
-        # What learns, and from what.
+        # What learns, and from what; with --no-cache-features fc learns as in my_dataset.py, too.
         learning = state and state["learning"]
         if cached:
-            learner, *loaders = features.head_and_loaders(*seen, args.batch_size)
+            learner, *loaders = features.head_and_loaders(*common, args.batch_size)
             if learning:
                 learner.load_state_dict(learning["head"])
         else:
@@ -157,11 +159,13 @@ def main(args: cli.Words = None) -> dict:
             crop = args.train_size or preprocessing["crop"]
             train_set = MyDataSet(*train, train_transform(crop, args.random_erase), args.seed)
             val_set = MyDataSet(*val, eval_transform(preprocessing))
-            load = (device, preprocessing, args.batch_size, args.workers, bad)
-            loaders = DeviceLoader(train_set, *load, shuffle=True), DeviceLoader(val_set, *load)
+            rest = (device, preprocessing, args.batch_size, args.workers, bad)
+            loaders = DeviceLoader(train_set, *rest, shuffle=True), DeviceLoader(val_set, *rest)
 
-        epochs = fit(learner, loaders, device, args, None if cached else amp, run.epoch, learning)
-        for row, confusion, learning in () if run.stalled(args.patience) else epochs:
+        if run.stalled(args.patience):  # as the run was before it was resumed
+            args.epochs = run.epoch
+        steps = fit(learner, loaders, device, args, None if cached else amp, run.epoch, learning)
+        for row, confusion, learning in steps:
             if cached:
                 learner.fold_into(model.fc)
                 learning["head"] = learner.state_dict()
@@ -215,7 +219,7 @@ def fit(learner, loaders, device, options, amp=None, first=0, learning=None) -> 
         train_one_epoch(learner, optimizer, train_loader, device, epoch, **precision, log=row)
         evaluate(learner, val_loader, device, amp=amp, log=row)
         if not math.isfinite(row["val_loss"]):
-            raise RunError(f"use a smaller --lr: the validation loss is {row['val_loss']}")
+            raise RunError(f"use a smaller --lr: the loss is {row['val_loss']} in validation")
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         yield row, row.pop("confusion"), state
 
@@ -241,7 +245,7 @@ def check(args: argparse.Namespace) -> Path | None:
     if args.freeze_layers and args.cache_features and (args.train_size or args.random_erase):
         raise UsageError("--train-size, --random-erase: omit them, or add --no-cache-features")
     if args.fc_first and (args.freeze_layers or not (args.cache_features and args.weights)):
-        raise UsageError("--fc-first: needs --weights, cached features, and layers to train after")
+        raise UsageError("--fc-first: add --weights, omit --freeze-layers and --no-cache-features")
     if (args.freeze_layers or args.freeze_bn) and not args.weights:
         notice("what is frozen holds random weights, since there is no --weights")
     return None

@@ -35,7 +35,7 @@ KINDS = {
     "amp": ["--amp"],
     "more options": ["--freeze-bn", "--random-erase", 0.5, "--patience", 4, *WEIGHTS],
     "cached features": ["--freeze-layers", "--batch-size", 8, *WEIGHTS],
-    "fc first": ["--fc-first", *WEIGHTS],
+    "fc first": ["--fc-first", "--freeze-bn", *WEIGHTS],
 }
 EPOCHS = 5
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]

@@ -88,7 +88,7 @@ FOREIGN = [
 def test_nothing_in_a_file_is_ever_run_nor_is_it_advised_to(path, write, recwarn):
     write(path)
     recwarn.clear()
-    with pytest.raises(RunError, match=f"^{path}: damaged, or no .* are never run\\)$"):
+    with pytest.raises(RunError, match=f"^{path}: not a weight file, or damaged: .* are never run"):
         checkpoint.load(path)
     assert not os.path.exists("attacked")
     assert not recwarn.list  # by which torch would speak to the user
@@ -139,7 +139,7 @@ WRONG = [
     ([1, 2], "holds a list, expected a state dict"),
     ({}, "holds no weights"),
     ({"a": torch.zeros(2)}, "fit no network"),
-    (ours(SMALL, TINY, classes=["a", "b"]), r"such as fc.bias: \(3,\) for \(2,\)"),
+    (ours(SMALL, TINY, classes=["a", "b"]), r"for example fc.bias: \(3,\) for \(2,\)"),
     (ours(SMALL, "resnet18"), "not a checkpoint .*no model is called 'resnet18'"),
     (ours(SMALL, X0_5), f"use --model {TINY}; "),
 ]
@@ -153,7 +153,10 @@ def test_another_file_or_one_that_contradicts_itself_is_one_line(path, content, 
 
 
 UNFIT = [
-    (lambda w: w.update(extra=torch.zeros(1)), r"fits no .*; 1 tensors .* extra: \(1,\) for none"),
+    (
+        lambda w: w.update(extra=torch.zeros(1)),
+        r"matches no .*; 1 tensors .* extra: \(1,\) for none",
+    ),
     (lambda w: w.update({"conv1.0.weight": torch.zeros(9)}), r"\(9,\) for \(24, 3, 3, 3\)"),
     (lambda w: w.pop("conv5.0.weight"), "conv5.0.weight: missing for"),
 ]

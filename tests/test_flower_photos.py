@@ -55,7 +55,7 @@ def test_the_defaults_are_the_published_archive():
     assert SHA256 == "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"
 
 
-@pytest.mark.parametrize("before", [[], ["flowers"], [".flowers/flower_photos/tulips"]])
+@pytest.mark.parametrize("before", [[], ["flowers"], [".flowers/half"]])
 def test_the_archive_becomes_the_folder_and_nothing_else_is_left(tmp_path, url, capsys, before):
     """Where there is nothing, an empty folder, or what a kill while unpacking left."""
     for name in before:

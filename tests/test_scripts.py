@@ -229,7 +229,7 @@ MISTAKES = [
     ("train.py --data-path FLOWERS --weights imagenet --model V1", "torchvision has none for .*v1"),
     ("train.py --freeze-layers --data-path . --train-size 96", "--no-cache-features"),
     ("train.py --freeze-layers --data-path . --random-erase 0.5", "--no-cache-features"),
-    ("train.py --fc-first --data-path .", "--fc-first: needs --weights, cached features, and"),
+    ("train.py --fc-first --data-path .", "--fc-first: add --weights, omit"),
     ("train.py --data-path FLOWERS --output-dir RUN", "holds a run: add --resume, or name another"),
     ("eval.py --data-path nowhere", "--data-path nowhere: no such folder"),
     ("predict.py no.jpg", "image no.jpg: no such file"),
