@@ -91,8 +91,8 @@ def resize_and_crop(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     """Resize the shorter side of an RGB image to `resize` pixels (bilinear, antialiased) and cut
     the centre; returns uint8 (crop, crop, 3).
 
-    At most 1 of 255 away from torchvision's Resize and CenterCrop (2 in pure noise). Only what the
-    crop keeps is computed: less work, and no image is too long for the memory.
+    Hardly ever over 1 of 255 away from torchvision's Resize and CenterCrop, at most 2. Only what
+    the crop keeps is computed: less work, and no image is too long for the memory.
     """
     shorter = min(image.size)
     edges = []  # of the crop: left and right, then top and bottom, in pixels of the image

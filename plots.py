@@ -61,7 +61,7 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: 
     figure = Figure(figsize=(side + 1.5, side + 1), dpi=150, layout="compressed")
     axes = figure.subplots()
     shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)  # (n,n)
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if n <= 200:  # more names could not be read
         names, size = [short(name) for name in classes], 6 if large else 10
         turn = {"rotation": 90} if large else {"rotation": 45, "ha": "right"}

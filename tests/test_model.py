@@ -80,10 +80,11 @@ def test_the_named_factories_have_as_many_parameters_as_published():
     assert sum(p.numel() for p in g3.parameters()) == 1_865_728  # counted by hand
 
 
-def multiply_adds(network) -> tuple[float, float]:
+def multiply_adds(build, *args) -> tuple[float, float]:
     """Millions for one 224x224 image, without and with `fc`, by torch's counter."""
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        network.to("meta").eval()(torch.zeros(1, 3, 224, 224))
+        network = build(*args).eval()
+        network(torch.zeros(1, 3, 224, 224))
     total = counter.get_total_flops() / 2
     return (total - network.fc.weight.numel()) / 1e6, total / 1e6
 
@@ -96,16 +97,15 @@ COSTS += [(8, 136.83, 138.37, 2_434_768)]
 
 @pytest.mark.parametrize(("groups", "conv", "total", "parameters"), COSTS)
 def test_v1_costs_what_the_table_of_the_paper_says(groups, conv, total, parameters):
-    network = ShuffleNetV1(groups)
-    assert multiply_adds(network) == pytest.approx((conv, total), abs=0.005)
-    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert multiply_adds(ShuffleNetV1, groups) == pytest.approx((conv, total), abs=0.005)
+    assert sum(p.numel() for p in ShuffleNetV1(groups).parameters()) == parameters
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "_v1_" in name])
 def test_v1_of_other_widths_costs_what_the_paper_says(name):
     width = name.removeprefix("shufflenet_v1_").rpartition("_")[0]
     paper = {"x0_25": 13, "x0_5": 38, "x1_0": 140, "x1_5": 292, "x2_0": 524}[width]
-    conv, total = multiply_adds(build_model(name))
+    conv, total = multiply_adds(build_model, name)
     # The one network that only fits with `fc` is named beside the table of channels.
     assert abs((total if name == "shufflenet_v1_x0_25_g8" else conv) / paper - 1) < 0.05
 

@@ -44,7 +44,7 @@ def difference(model, optimized, size=64, images=2):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_any_stages_compute_the_same(seed, dtype):
     """Random depths and widths, branches of odd width among them."""
     draw = random.Random(seed)

@@ -8,23 +8,20 @@ from PIL import Image
 
 import plots
 
-
-def row(epoch):
-    figures = {"train_loss": 1.0, "train_accuracy": 0.4, "val_loss": 1.0, "val_accuracy": 0.5}
-    return {"epoch": epoch, "lr": 0.1} | figures
+FIGURES = {"train_loss": 1.0, "train_accuracy": 0.4, "val_loss": 1.0, "val_accuracy": 0.5}
 
 
 @pytest.mark.parametrize(("first", "last", "best"), [(1, 1, 1), (1, 30, 7), (0, 30, 0)])
 def test_curves(tmp_path, first, last, best):
-    history = [row(epoch) for epoch in range(first, last + 1)]
+    history = [{"epoch": epoch} | FIGURES for epoch in range(first, last + 1)]
     figure = plots.draw_curves(history, {"epoch": best, "accuracy": 0.75})
     plots.save_figure(figure, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (1000, 400)
     assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())
     accuracy = figure.axes[1]
     assert accuracy.get_title() == f"accuracy (best 0.750 in epoch {best})"
-    names = [text.get_text() for text in accuracy.get_legend().get_texts()]
-    assert names == ["train", "val"] + ["val, fc alone"] * (first == 0)
+    names = ["train", "val", *["val, fc alone"] * (first == 0)]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == names
     assert list(accuracy.lines[0].get_xdata()) == list(range(1, last + 1))
 
 
@@ -43,8 +40,8 @@ def test_a_confusion_matrix_names_every_class_and_overlaps_none(tmp_path, count)
         assert (found == names) is (count <= 200)  # more could not be read
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
-    shown = [text.get_text() for text in axes.texts]
-    assert shown == (["7", "3"] + ["7"] * (count - 1) if count <= 20 else [])
+    counts = ["7", "3", *"7" * (count - 1)] if count <= 20 else []
+    assert [text.get_text() for text in axes.texts] == counts
     assert [text.get_position() for text in axes.texts[1:2]] == [(1, 0)] * (count <= 20)
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("truth", "prediction")
     for label in (axes.yaxis.label, axes.xaxis.label):
