@@ -28,14 +28,14 @@ from sample_flowers import draw_sample_flowers  # noqa: E402
 import cli  # noqa: E402
 from model import build_model  # noqa: E402
 
-WEIGHTS = ["--weights", "weights.pth"]
+WEIGHTS, SMALL = ["--weights", "weights.pth"], ["--train-size", 64]
 KINDS = {
-    "all layers": [],
-    "two workers": ["--workers", 2],
-    "amp": ["--amp"],
-    "more options": ["--freeze-bn", "--random-erase", 0.5, "--patience", 4, *WEIGHTS],
-    "cached features": ["--freeze-layers", "--batch-size", 8, *WEIGHTS],
-    "fc first": ["--fc-first", "--freeze-bn", *WEIGHTS],
+    "all layers": SMALL,
+    "two workers": [*SMALL, "--workers", 2],
+    "amp": [*SMALL, "--amp"],
+    "more options": [*SMALL, *WEIGHTS, "--freeze-bn", "--random-erase", 0.5, "--patience", 4],
+    "cached features": [*WEIGHTS, "--freeze-layers", "--batch-size", 8],
+    "fc first": [*SMALL, *WEIGHTS, "--fc-first", "--freeze-bn"],
 }
 EPOCHS = 5
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
