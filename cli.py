@@ -204,7 +204,7 @@ def run(main: Callable[[], object]) -> NoReturn:
     """Call `main` and leave with 0, 1, 2, 130 or 143; a foreseen error is one line, only an
     unforeseen one (a bug) shows a traceback."""
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _leave)
+        signal.signal(signum, functools.partial(_leave, os.getpid()))
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a Windows pipe lacks letters
     code = 1
@@ -233,12 +233,13 @@ def run(main: Callable[[], object]) -> NoReturn:
     sys.exit(code)
 
 
-def _leave(signum: int, frame: object) -> NoReturn:
+def _leave(main_process: int, signum: int, frame: object) -> NoReturn:
     """End at once, as a kill does: every file that has its name on the disk is whole."""
-    word = "interrupted" if signum == signal.SIGINT else "terminated"
-    start = "\n" if os.isatty(2) else ""  # below a progress bar
-    os.write(2, f"{start}error: {word}\n".encode())
-    if "multiprocessing" in sys.modules:
-        for child in sys.modules["multiprocessing"].active_children():
-            child.kill()
+    if os.getpid() == main_process:  # it speaks for workers that have just been forked, too
+        word = "interrupted" if signum == signal.SIGINT else "terminated"
+        start = "\n" if os.isatty(2) else ""  # below a progress bar
+        os.write(2, f"{start}error: {word}\n".encode())
+        if "multiprocessing" in sys.modules:
+            for child in sys.modules["multiprocessing"].active_children():
+                child.kill()
     os._exit(128 + signum)

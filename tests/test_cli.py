@@ -91,9 +91,14 @@ def run(code, **options):
 
 
 BUSY = """
-import multiprocessing, threading, time
+import multiprocessing, os, signal, threading, time
 def main():
-    multiprocessing.get_context("fork").Process(target=time.sleep, args=[60]).start()
+    struck, left = (multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+                    for _ in range(2))
+    struck.start()
+    os.kill(struck.pid, signal.SIGINT)  # by a terminal, just after it was forked
+    struck.join()
+    left.start()
     threading.Thread(target=time.sleep, args=[60]).start()
     cli.say("busy")
     time.sleep(60)
@@ -101,7 +106,7 @@ def main():
 
 
 @pytest.mark.parametrize(("signum", "word"), [(2, b"interrupted"), (15, b"terminated")])
-def test_a_signal_ends_the_process_and_its_children_at_once(signum, word):
+def test_a_signal_ends_the_process_and_its_children_at_once_in_one_line(signum, word):
     with run(BUSY) as process:
         assert process.stdout.readline() == b"busy\n"
         process.send_signal(signum)

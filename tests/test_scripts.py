@@ -96,12 +96,12 @@ def test_main_takes_parsed_options_too_and_prints_the_summary_last(flowers, tmp_
 
 def test_the_same_seed_trains_the_same_weights_for_any_workers(flowers, tmp_path):
     results = []
-    for seed, workers in ((3, 0), (3, 1), (3, 2), (4, 0)):
+    for seed, workers in ((3, 0), (3, 2), (4, 0)):
         out = tmp_path / f"{seed} {workers}"
         train.main(small(flowers, out, "--epochs", 2, "--seed", seed, "--workers", workers))
         results.append(load(out, "last.pth")["model"])
-    first, *same, other = results
-    assert not any(soak.difference(first, weights, "model") for weights in same)
+    first, same, other = results
+    assert not soak.difference(first, same, "model")
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
 
 
@@ -291,20 +291,19 @@ def test_mistakes_are_those_of_the_answers_largest_loss_first(flowers):
     assert [row["loss"] for row in mistakes] == pytest.approx(-np.log([0.01, 0.25]), rel=1e-5)
 
 
-@pytest.mark.parametrize(("split", "images"), [("train", 35), ("all", 40)])
-def test_eval_prints_a_table_and_leaves_files(flowers, run_dir, capsys, split, images):
-    words = ["--data-path", flowers, "--split", split, "--output-dir", "out"]
+def test_eval_prints_a_table_and_leaves_files(flowers, run_dir, capsys):
+    words = ["--data-path", flowers, "--split", "train", "--output-dir", "out"]
     result = evaluation.main([*words, "--weights", run_dir / "best.pth"])
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["class", "images", "precision", "recall", "f1"]
-    assert [line.split()[:2] for line in out[1:6]] == [[name, str(images // 5)] for name in CLASSES]
+    assert [line.split()[:2] for line in out[1:6]] == [[name, "7"] for name in CLASSES]
     assert out[6].startswith(f"* Acc@1 {100 * result['accuracy']:.3f}")
     last = json.loads(out[-1])
-    assert (last["accuracy"], last["images"], last["top5"]) == (result["accuracy"], images, None)
+    assert (last["accuracy"], last["images"], last["top5"]) == (result["accuracy"], 35, None)
     found = {"confusion_matrix.png", "mistakes.png", "mistakes.csv", "per_class.csv"}
     assert set(os.listdir("out")) == found
     wrong = table("out", "mistakes.csv")
-    assert len(wrong) == images - round(result["accuracy"] * images)
+    assert len(wrong) == 35 - round(35 * result["accuracy"])
     assert list(wrong[0]) == ["path", "class", "prediction", "prob", "loss"]
     assert [row["class"] for row in table("out", "per_class.csv")] == CLASSES
 
