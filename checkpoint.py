@@ -35,8 +35,7 @@ FC = ("fc.weight", "fc.bias")
 
 
 def save(state: dict, path: str | Path) -> None:
-    """Write a dict of tensors and primitives atomically; OSError if the disk is full or not
-    writable, and what was at `path` is still there."""
+    """Write a dict of tensors and primitives, as `replacing` does."""
     buffer = io.BytesIO()  # torch reports a full disk as an error of its own, a buffer as OSError
     torch.save(state, buffer)
     with replacing(path) as file:
@@ -44,8 +43,7 @@ def save(state: dict, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Read a weight file to the CPU with `weights_only=True`; RunError if it is not a weight
-    file, is damaged, or would execute code."""
+    """Read a weight file to the CPU; RunError if it is none, is damaged, or would run code."""
     try:
         if zipfile.is_zipfile(path):  # else of an older format
             with zipfile.ZipFile(path) as archive:
@@ -68,8 +66,7 @@ def load(path: str | Path) -> dict:
 
 
 def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
-    """The weights in what `load` returned, without the prefixes of wrappers; UsageError if there
-    are none."""
+    """The weights in a file, without the prefixes of wrappers; UsageError if there are none."""
     keys = ("model", "state_dict", "model_state_dict", "net")
     state = next((file[key] for key in keys if isinstance(file.get(key), dict)), file)
     weights = {}
@@ -87,8 +84,7 @@ def load_weights(
     model: nn.Module, weights: dict[str, Tensor], source: str | Path, *, new_fc: bool = False
 ) -> tuple[list[str], list[str]]:
     """Load a state dict; with `new_fc` the model's own last layer stays. Returns missing and
-    unexpected keys, as torch reports them; UsageError, and nothing is loaded, if anything else is
-    missing, unexpected or of another shape."""
+    unexpected keys; UsageError if anything else is missing, unexpected or of another shape."""
     if new_fc:
         weights = {name: value for name, value in weights.items() if name not in FC}
     ours, theirs = _shapes(model.state_dict(), fc=not new_fc), _shapes(weights)
@@ -173,8 +169,7 @@ def load_trained(path: str | Path) -> Trained:
 
 
 def _shapes(weights: dict[str, Tensor], fc: bool = True) -> dict[str, tuple]:
-    """The shape of every tensor but the batch counters, which files of torch before 0.4.1 lack and
-    no computation here reads; with or without those of `fc`."""
+    """Shapes, with or without `fc`; not of batch counters, which torch before 0.4.1 lacked."""
     return {
         name: tuple(value.shape)
         for name, value in weights.items()

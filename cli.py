@@ -99,10 +99,8 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
         with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        kinds = {int: "whole number", float: "number"}
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a {kinds[kind]} from {low:g} to {high:g}"
-        )
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} from {low:g} to {high:g}")
 
     return convert
 
@@ -121,10 +119,8 @@ def add_inference(group: argparse._ActionsContainer) -> None:
         help="best.pth of a run, a bare state dict, or an .onnx file of export.py (if omitted: "
         "the newest runs/*/best.pth)")
     add("--device", **DEVICE)
-    add("--runtime", choices=("onnxruntime", "openvino"), default="onnxruntime",
-        help="what computes an .onnx file")
-    add("--amp", action="store_true",
-        help="compute in bfloat16: faster where the device has it, slower elsewhere")
+    add("--runtime", choices=("onnxruntime", "openvino"),
+        help="what computes an .onnx file (if omitted: onnxruntime)")
     add("-j", "--workers", type=number(int, 1, 256), default=cores(), metavar="N",
         help="threads that read and classify, one core each")
 # fmt: on
@@ -201,8 +197,7 @@ def check_file(flag: str, path: str, suffixes: Sequence[str]) -> Path:
 
 
 def run(main: Callable[[], object]) -> NoReturn:
-    """Call `main` and leave with 0, 1, 2, 130 or 143; a foreseen error is one line, only an
-    unforeseen one (a bug) shows a traceback."""
+    """Call `main` and leave with 0, 1, 2, 130 or 143; only a bug shows more than a line."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, functools.partial(_leave, os.getpid()))
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -215,7 +210,7 @@ def run(main: Callable[[], object]) -> NoReturn:
         code, text = 2, str(error)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(1)
     except RunError as error:
         text = str(error)
     except OSError as error:

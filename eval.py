@@ -49,7 +49,7 @@ def main(args: cli.Words = None) -> dict:
     from files import save_rows
     from inference import open_network
 
-    network = open_network(weights, args.device, args.runtime, args.amp, args.workers)
+    network = open_network(weights, args.device, args.runtime, args.workers)
     classes = network.classes
 
     # The data and the split of the run; classes by the name of their folder.

@@ -86,12 +86,12 @@ class FeatureSet(Dataset):
 
 
 def head_and_loaders(
-    model, train, val, preprocessing, device, seed: int, bad: BadImages, amp, batch_size: int
+    model, train, val, preprocessing, device, seed: int, bad: BadImages, batch_size: int
 ) -> tuple[Head, DataLoader, DataLoader]:
     """What takes the place of a network, on `device`, and of its loaders for training and for
-    validation, of paths and class indices each. `amp` is the dtype of the network."""
+    validation, of paths and class indices each."""
     paths = sorted(train[0] + val[0])  # another split of the same images finds the same file
-    features = cached_features(model, paths, preprocessing, device, bad, amp)
+    features = cached_features(model, paths, preprocessing, device, bad)
     unreadable = np.isnan(features[:, 0])
     row_of = {path: row for row, path in enumerate(paths) if not unreadable[row]}
     loaders = []
@@ -117,7 +117,7 @@ def statistics(features: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def cached_features(
-    model: nn.Module, paths: list[str], preprocessing: dict, device, bad: BadImages, amp=None
+    model: nn.Module, paths: list[str], preprocessing: dict, device, bad: BadImages
 ) -> np.ndarray:
     """The features of images, float32 (n, channels), row i for paths[i], not a number where that
     cannot be read; computed now or read from an earlier run.
@@ -125,7 +125,7 @@ def cached_features(
     The file in `CACHE` is named by a hash of the weights, the preprocessing and every image's
     place, size and time, so a change of any of them computes anew.
     """
-    file = CACHE / f"{_key(model, paths, preprocessing, amp)}.npy"
+    file = CACHE / f"{_key(model, paths, preprocessing)}.npy"
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
         features = np.load(file, mmap_mode="r", allow_pickle=False)
         notice(f"features of {len(paths)} images read from {file}")
@@ -136,7 +136,7 @@ def cached_features(
                 bad.add(error)
         return features
 
-    optimized = optimize_for_inference(model.eval(), amp)
+    optimized = optimize_for_inference(model.eval())
     run = torch_run(optimized.forward_features, device, preprocessing)
     features = np.empty((len(paths), model.fc.in_features), np.float32)
     start = time.perf_counter()
@@ -158,10 +158,10 @@ def cached_features(
     return features
 
 
-def _key(model: nn.Module, paths: list[str], preprocessing: dict, amp: torch.dtype | None) -> str:
+def _key(model: nn.Module, paths: list[str], preprocessing: dict) -> str:
     digest = hashlib.sha256()
     versions = [VERSION, torch.__version__, PIL.__version__, np.__version__]
-    digest.update(json.dumps([versions, preprocessing, str(amp)], sort_keys=True).encode())
+    digest.update(json.dumps([versions, preprocessing], sort_keys=True).encode())
     for name, value in model.state_dict().items():
         if not name.startswith("fc."):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -40,8 +40,7 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Have a folder to oneself, or raise UsageError if another process has it. The lock goes with
-    the process, however that ends."""
+    """Have a folder to oneself while the process lives; UsageError if another has it."""
     with open(folder / ".lock", "a+b") as file:
         try:
             if os.name == "posix":

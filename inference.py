@@ -17,6 +17,7 @@ import numpy as np
 from cli import RunError, UsageError
 from image import ImageError, load_rgb, resize_and_crop
 
+BATCH = 16  # images; more are slower on a CPU, see optimize.py
 Run = Callable[[np.ndarray], np.ndarray]
 
 
@@ -33,22 +34,22 @@ class Network(NamedTuple):
 
 
 def open_network(
-    weights: str | Path, device="auto", runtime="onnxruntime", amp=False, threads=1
+    weights: str | Path, device="auto", runtime: str | None = None, threads=1
 ) -> Network:
     """Make a trained network ready: an .onnx file of export.py, computed by a runtime, or what
-    `checkpoint.load_trained` reads, computed on a device; `amp` computes in bfloat16 (float16 on a
-    GPU without it). `threads` will call it at the same time.
+    `checkpoint.load_trained` reads, computed on a device. `threads` call it at the same time.
 
     UsageError if what is asked for is not there, RunError if the file is damaged or foreign.
     """
     if Path(weights).suffix.lower() != ".onnx":
-        return _open_torch(weights, device, amp)
+        if runtime:
+            raise UsageError(f"--runtime {runtime}: give --weights an .onnx file, by export.py")
+        return _open_torch(weights, device)
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}: use the .pth; an .onnx file is computed on the CPU")
-    if amp and runtime != "openvino":
-        raise UsageError("--amp: add --runtime openvino; ONNX Runtime computes in float32 on a CPU")
     try:
-        run, metadata = OPEN[runtime](Path(weights), threads, amp)
+        runtime = runtime or "onnxruntime"
+        run, metadata = OPEN[runtime](Path(weights), threads)
         about = [json.loads(metadata[name]) for name in ("classes", "preprocessing", "args")]
         run = _of_bytes(run, about[1])
         crop = about[1]["crop"]
@@ -80,22 +81,21 @@ def _of_bytes(run: Run, preprocessing: dict) -> Run:
     return run_bytes
 
 
-def _open_torch(weights: str | Path, device_name: str, amp: bool) -> Network:
+def _open_torch(weights: str | Path, device_name: str) -> Network:
     from checkpoint import load_trained
     from optimize import optimize_for_inference
-    from utils import amp_dtype, choose_device
+    from utils import choose_device
 
     device = choose_device(device_name)
     trained = load_trained(weights)
-    model = optimize_for_inference(trained.model.to(device), amp_dtype(device, amp))
+    model = optimize_for_inference(trained.model.to(device))
     run = torch_run(model, device, trained.preprocessing)
     about = (trained.model_name, trained.classes, trained.preprocessing, trained.args)
     return Network(run, *about, computed_by=f"PyTorch on {device}")
 
 
 def torch_run(model: Callable, device, preprocessing: dict) -> Run:
-    """A function of bytes (N, H, W, 3), as `stream` wants it, that runs a network or a part of it
-    on normalised images (N, 3, H, W)."""
+    """A function of bytes (N, H, W, 3), as `stream` wants it, of one of images (N, 3, H, W)."""
     import torch
 
     from my_dataset import Normalize
@@ -115,25 +115,22 @@ def torch_run(model: Callable, device, preprocessing: dict) -> Run:
     return run
 
 
-def _open_onnxruntime(path: Path, streams: int, amp: bool, threads: int = 1) -> tuple[Run, dict]:
+def _open_onnxruntime(path: Path, calls: int) -> tuple[Run, dict]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1  # of the thread that calls
     options.log_severity_level = 4  # errors are raised
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     return lambda x: session.run(None, {"input": x})[0], metadata
 
 
-def _open_openvino(path: Path, streams: int, amp: bool, threads: int = 1) -> tuple[Run, dict]:
+def _open_openvino(path: Path, calls: int) -> tuple[Run, dict]:
     import openvino
 
-    options = {
-        "INFERENCE_PRECISION_HINT": "bf16" if amp else "f32",
-        "INFERENCE_NUM_THREADS": streams * threads,
-        "NUM_STREAMS": streams,
-    }
+    options = {"INFERENCE_NUM_THREADS": calls, "NUM_STREAMS": calls}
+    options["INFERENCE_PRECISION_HINT"] = "f32"
     model = openvino.Core().read_model(path)
     compiled = openvino.Core().compile_model(model, "CPU", options)
     local = threading.local()
@@ -146,20 +143,20 @@ def _open_openvino(path: Path, streams: int, amp: bool, threads: int = 1) -> tup
     return run, {name: value.value for name, value in model.get_rt_info()["framework"].items()}
 
 
-# Each takes a path, the number of calls at once, bfloat16 or not, and the threads of each call, and
-# gives a function of normalised images (N, 3, H, W) to logits (N, classes), and the metadata.
+# Of a path and the number of calls at once: a function of normalised images (N, 3, H, W) to logits
+# (N, classes), and the metadata.
 OPEN = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
 
 
 def stream(
-    paths: Sequence[str], run: Run, preprocessing: dict, threads: int, batch_size: int = 16
+    paths: Sequence[str], run: Run, preprocessing: dict, threads: int
 ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
     """Run a network on image files, with threads that each read some and compute them on one core:
     none waits for another, and no more images are in memory than the threads have in hand.
 
-    `run` takes uint8 (N, crop, crop, 3) to (N, outputs); with more than 16 images it is slower on a
-    CPU, see optimize.py. Yields for each path, in order, the path and its row (outputs,), or the
-    error that says why it could not be read. RunError if an answer is not finite.
+    `run` takes uint8 (N, crop, crop, 3) to (N, outputs). Yields for each path, in order, the path
+    and its row (outputs,), or the error that says why it could not be read. RunError if an answer
+    is not finite.
     """
 
     def work(batch: Sequence[str]) -> list[tuple[str, np.ndarray | ImageError]]:
@@ -181,8 +178,8 @@ def stream(
 
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
-        for first in range(0, len(paths), batch_size):
-            waiting.append(pool.submit(work, paths[first : first + batch_size]))
+        for first in range(0, len(paths), BATCH):
+            waiting.append(pool.submit(work, paths[first : first + BATCH]))
             if len(waiting) > 2 * threads:
                 yield from waiting.popleft().result()
         while waiting:

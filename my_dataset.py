@@ -96,8 +96,7 @@ class Normalize(nn.Module):
 class EpochSampler(Sampler):
     """(epoch, index) for every index below `length`; shuffled, in an order of seed and epoch.
 
-    The epoch travels with the index, since worker processes that outlive an epoch need it to know
-    what to draw.
+    The epoch travels along: workers that outlive it need it to know what to draw.
     """
 
     def __init__(self, length: int, shuffle: bool = False, seed: int = 0) -> None:
@@ -121,8 +120,7 @@ class EpochSampler(Sampler):
 
 
 class DeviceLoader(DataLoader):
-    """Batches of uint8 images that arrive on the device as normalised floats: bytes travel there, a
-    quarter of what floats would be.
+    """Batches that travel to the device as bytes and come out as normalised floats.
 
     `shuffle` gives a new order each epoch, from the data set's seed and `sampler.set_epoch`. Images
     that cannot be read are missing from their batch and counted by `bad`.

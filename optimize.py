@@ -22,12 +22,9 @@ from utils import memory_format
 CPU_BATCH = 16  # images; the fastest of 1, 2, 4 ... 64 for x0.5, x1.0 and v1
 
 
-def optimize_for_inference(
-    model: ShuffleNetV1 | ShuffleNetV2, dtype: torch.dtype | None = None
-) -> "Optimized":
-    """A network that computes what `model` computes, faster, on the same device; `model` is left as
-    it is. `dtype` is what to compute in, such as torch.bfloat16, but for the last layer, whose cost
-    is nothing; None keeps the model's.
+def optimize_for_inference(model: ShuffleNetV1 | ShuffleNetV2) -> "Optimized":
+    """A network that computes what `model` computes, faster, on the same device and in the same
+    precision; `model` is left as it is.
 
     ValueError for a model in train mode, where batch norm depends on the batch; TypeError for what
     is no ShuffleNet of `model.py`, or has units of another kind.
@@ -56,27 +53,25 @@ def optimize_for_inference(
         network.stage3 = DealtStage(network.stage3, network.stage2.order)
         network.stage4 = DealtStage(network.stage4, network.stage3.order)
         _permute(network.conv5[0], columns=network.stage4.order)
-    return Optimized(network, dtype).to(device, memory_format=memory_format(device))
+    network.to(model.fc.weight.dtype)
+    return Optimized(network).to(device, memory_format=memory_format(device))
 
 
 class Optimized(nn.Module):
     """What `optimize_for_inference` returns; it is called as the network that it was made from."""
 
-    def __init__(self, network: ShuffleNetV1 | ShuffleNetV2, dtype: torch.dtype | None) -> None:
+    def __init__(self, network: ShuffleNetV1 | ShuffleNetV2) -> None:
         super().__init__()
-        own = network.fc.weight.dtype
-        self.network = network.to(dtype or own)
-        self.network.fc.to(own)
+        self.network = network
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) to what `fc` sees, (N, channels)."""
-        x = x.to(self.network.conv1[0].weight.dtype, memory_format=memory_format(x.device))
+        x = x.to(memory_format=memory_format(x.device))
         # On a CPU a few images at a time, whose activations stay in its caches; traced, the number
         # of parts would be that of the example.
         traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
         parts = x.split(CPU_BATCH) if x.device.type == "cpu" and not traced else [x]
-        features = [self.network.forward_features(part) for part in parts]
-        return torch.cat(features).to(self.network.fc.weight.dtype)
+        return torch.cat([self.network.forward_features(part) for part in parts])
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
@@ -179,5 +174,5 @@ def _fold_batch_norms(layers: nn.Sequential) -> nn.Sequential:
 
 
 def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """A convolution that includes the batch norm; rounded once, not at every step."""
-    return fuse_conv_bn_eval(conv.double(), bn.double()).to(bn.weight.dtype)
+    """A convolution that includes the batch norm, in float64: it will be rounded once."""
+    return fuse_conv_bn_eval(conv.double(), bn.double())

@@ -55,7 +55,7 @@ def main(args: cli.Words = None) -> list[dict]:
 
     paths = _find(args.images)
     # Class names come from the file, too.
-    network = open_network(weights, args.device, args.runtime, args.amp, args.workers)
+    network = open_network(weights, args.device, args.runtime, args.workers)
     results, failed = [], 0
     # An answer is logits float32 (classes,), or an ImageError.
     for path, answer in stream(paths, network.run, network.preprocessing, args.workers):

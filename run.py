@@ -24,9 +24,7 @@ from files import save_json, save_rows
 FREE = {"data_path", "workers", "device", "output_dir", "epochs"}
 
 
-def load(
-    path: Path, parser: cli.Parser, args: argparse.Namespace
-) -> tuple[dict, argparse.Namespace]:
+def load(path: Path, parser: cli.Parser, args: argparse.Namespace) -> tuple:
     """Read last.pth; returns its state, and the options of the run with those typed now. RunError
     if it is damaged, UsageError if it is another file, or an option would change the result."""
     state = checkpoint.load(path)
@@ -75,8 +73,8 @@ class Run:
         checkpoint.save(self._usable(model) | state, self.folder / "last.pth")
 
     def record(self, row: dict, confusion, model: nn.Module, learning: dict | None) -> bool:
-        """Write what an epoch brought: its row of figures, the confusion matrix, the network, and
-        what `last.pth` keeps to resume from. Returns whether it is the best so far."""
+        """Write what an epoch brought; `learning` is what optimizer, scaler and head need to go on.
+        Returns whether it is the best so far."""
         row.pop("images_per_second", None)  # no two runs have the same
         self.history.append(row)
         accuracy, loss = row["val_accuracy"], row["val_loss"]

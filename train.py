@@ -114,7 +114,8 @@ def main(args: cli.Words = None) -> dict:
     notice(f"{len(train[0])} images to train, {len(val[0])} to validate, {len(classes)} classes")
 
     # Network.
-    utils.set_seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = True  # CUDA's convolutions repeat their results
     model = build_model(args.model, len(classes))
     preprocessing = default_preprocessing(args.model)
     if state:
@@ -140,7 +141,7 @@ def main(args: cli.Words = None) -> dict:
         if not state:
             run.save_last(model, None)  # so that there always is something to resume
 
-        common = (model, train, val, preprocessing, device, args.seed, bad, amp)
+        common = (model, train, val, preprocessing, device, args.seed, bad)
         if args.fc_first and not run.history:  # as epoch 0
             head, *loaders = features.head_and_loaders(*common, features.RECIPE.batch_size)
             *_, (row, confusion, _) = fit(head, loaders, device, features.RECIPE)
@@ -217,7 +218,7 @@ def fit(learner, loaders, device, options, amp=None, first=0, learning=None) -> 
         row = {"epoch": epoch + 1, "lr": lr}
         precision = {"amp": amp, "scaler": scaler}
         train_one_epoch(learner, optimizer, train_loader, device, epoch, **precision, log=row)
-        evaluate(learner, val_loader, device, amp=amp, log=row)
+        evaluate(learner, val_loader, device, log=row)
         if not math.isfinite(row["val_loss"]):
             raise RunError(f"use a smaller --lr: the loss is {row['val_loss']} in validation")
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -233,9 +234,7 @@ def check(args: argparse.Namespace) -> Path | None:
         last = last / "last.pth" if last.is_dir() else last
         cli.require_path(last, "--resume")
         if args.output_dir and Path(args.output_dir).resolve() != last.resolve().parent:
-            raise UsageError(
-                f"omit --output-dir {args.output_dir}: a run resumes in its own folder"
-            )
+            raise UsageError(f"omit --output-dir {args.output_dir}: a run resumes in its folder")
         return last
     cli.require_data(args.data_path)
     if args.weights not in ("", "imagenet"):

@@ -15,15 +15,13 @@ from metrics import Tally
 def read_split_data(
     root: str, val_rate: float = 0.2, seed: int = 0
 ) -> tuple[list[str], list[int], list[str], list[int]]:
-    """Training paths, their class indices, validation paths, their class indices of a folder of
-    class folders: `split_images` in the form of the tutorial."""
+    """Training paths and class indices, validation paths and class indices, as `split_images`."""
     train, val = split_images(root, val_rate, seed)
     return *with_labels(train, list(train)), *with_labels(val, list(train))
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. UsageError if it is not
-    there."""
+    """The device called `name`, if it is there, else UsageError; "auto" is CUDA, MPS or the CPU."""
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
@@ -37,25 +35,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How activations lie in memory: as NHWC, which convolutions prefer, but for Apple's GPU, where
-    gradients come out wrong (pytorch#175189)."""
+    """NHWC, which convolutions prefer, but on Apple's GPU: wrong gradients (pytorch#175189)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def amp_dtype(device: torch.device, amp: bool | None) -> torch.dtype | None:
-    """What autocast computes in, or None for plain float32; None for `amp` asks for it on CUDA."""
+    """What autocast computes in, None for plain float32; `amp` None asks for it on CUDA."""
     if amp is None:
         amp = device.type == "cuda"
     if not amp:
         return None
     old_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.float16 if old_gpu else torch.bfloat16
-
-
-def set_seed(seed: int) -> None:
-    """Seed torch, and have CUDA choose convolutions that repeat their results."""
-    torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True
 
 
 def freeze_layers(model: nn.Module) -> None:
@@ -155,7 +146,6 @@ def evaluate(
     data_loader: DataLoader,
     device: torch.device,
     *,
-    amp: torch.dtype | None = None,
     log: dict | None = None,
 ) -> float:
     """Classify the data; returns the accuracy, 0 to 1. `log` gets "val_loss", "val_accuracy" and
@@ -165,8 +155,7 @@ def evaluate(
     tally = None
     with progress(len(data_loader.dataset), "validation") as bar:
         for images, labels in data_loader:
-            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                logits = model(images.to(device)).float()  # (N, classes)
+            logits = model(images.to(device)).float()  # (N, classes)
             tally = tally or Tally(logits.shape[1])
             tally.add(logits.cpu().numpy(), labels.cpu().numpy())
             bar.update(len(labels))

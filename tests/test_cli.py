@@ -127,7 +127,7 @@ def test_a_reader_that_leaves_ends_the_work_without_a_word_and_a_bug_shows_its_t
         assert process.stdout.readline() == b"0\n"
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 0
+    assert process.returncode == 1
     with run("main = lambda: 1 / 0") as process:
         assert process.communicate(timeout=30)[1].endswith(b"ZeroDivisionError: division by zero\n")
 

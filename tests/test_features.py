@@ -42,13 +42,13 @@ def images(flowers):
     return paths[4:12], labels[4:12]
 
 
-def compute(network, paths, preprocessing=PREPROCESSING, amp=None):
-    return features.cached_features(network, paths, preprocessing, CPU, BadImages(10), amp)
+def compute(network, paths, preprocessing=PREPROCESSING):
+    return features.cached_features(network, paths, preprocessing, CPU, BadImages(10))
 
 
 def head_and_loaders(network, train, val):
     about = {"preprocessing": PREPROCESSING, "device": CPU, "seed": 3, "bad": BadImages(10)}
-    return features.head_and_loaders(network, train, val, **about, amp=None, batch_size=3)
+    return features.head_and_loaders(network, train, val, **about, batch_size=3)
 
 
 def was_read(capsys):
@@ -132,7 +132,6 @@ CHANGES = {
     "the order": lambda network, paths: paths.reverse(),
     "one fewer": lambda network, paths: paths.pop(),
     "preprocessing": lambda network, paths: {"preprocessing": PREPROCESSING | {"resize": 232}},
-    "precision": lambda network, paths: {"amp": torch.bfloat16},
     "damage": lambda network, paths: [os.truncate(f, 999) for f in features.CACHE.iterdir()],
     "no content": lambda network, paths: [
         os.truncate(file, 0) for file in features.CACHE.iterdir()

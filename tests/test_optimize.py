@@ -121,12 +121,9 @@ def test_it_computes_in_small_parts_that_lie_as_nhwc_and_for_no_gradients(model)
     assert not any(parameter.requires_grad for parameter in optimized.parameters())
 
 
-def test_the_model_is_left_as_it_is_and_bfloat16_comes_close(model):
+def test_the_model_is_left_as_it_is(model):
     before = copy.deepcopy(model.state_dict())
-    optimized = optimize_for_inference(model, torch.bfloat16)
-    assert optimized.network.stage2.makers[0][0].weight.dtype == torch.bfloat16
-    assert optimized.network.fc.weight.dtype == torch.float32  # its cost is nothing
-    assert 1e-6 < difference(model, optimized) < 0.05
+    optimize_for_inference(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.is_contiguous() for p in model.parameters())
 
