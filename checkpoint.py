@@ -96,9 +96,10 @@ def load_weights(
     return tuple(model.load_state_dict(weights, strict=False))
 
 
-def load_pretrained(model: nn.Module, model_name: str, weights: str, classes: list[str]) -> None:
+def load_pretrained(model: nn.Module, model_name: str, weights: str, classes: list[str]) -> bool:
     """Start from torchvision's weights ("imagenet") or a file, and say what was loaded. The last
-    layer is loaded only if it has as many outputs, and was trained on no other classes."""
+    layer is loaded only if it has as many outputs, and was trained on no other classes; returns
+    whether it stays as it was, new."""
     if weights == "imagenet":
         state, trained_on = imagenet_weights(model_name), None
     else:
@@ -109,6 +110,7 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str, classes: li
     missing, unexpected = load_weights(model, state, weights, new_fc=new_fc)
     new = f"; fc is new, for {len(classes)} classes" if new_fc else ""
     notice(f"loaded {weights}: missing keys {missing}, unexpected keys {unexpected}{new}")
+    return new_fc
 
 
 def imagenet_weights(model_name: str) -> dict[str, Tensor]:

@@ -4,12 +4,17 @@ Standard library only, so that `--help` and a wrong path answer before torch is 
 """
 
 import argparse
+import difflib
 import functools
 import math
+import operator
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -40,12 +45,20 @@ def notice(text: str) -> None:
 say = functools.partial(print, flush=True)  # a result, to stdout
 
 
-def progress(total: int, title: str):
-    """A progress bar for work on images, on a terminal only: a log stays readable."""
-    from tqdm import tqdm
+def progress(items: Iterable, title: str, total: int | None = None) -> Iterator:
+    """The items, while a bar shows how many are done; where stderr is no terminal, a line every ten
+    seconds, so that a log stays readable."""
+    if sys.stderr and sys.stderr.isatty():
+        from tqdm import tqdm
 
-    hidden = not (sys.stderr and sys.stderr.isatty())
-    return tqdm(total=total, desc=title, unit="img", leave=False, disable=hidden)
+        yield from tqdm(items, title, total, leave=False)
+        return
+    total, spoke = total or operator.length_hint(items), time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() > spoke + 10:
+            spoke = time.monotonic()
+            notice(f"{title}: {done} of {total or '?'}")
+        yield item
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +68,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        word = unknown[1].replace("_", "-") if unknown else ""
+        if word == "--num-classes":  # of the tutorial
+            raise UsageError(f"omit {unknown[1]}: the folders, or the weights, tell the classes")
+        if similar := difflib.get_close_matches(word, self._option_string_actions, 1):
+            raise UsageError(f"write {similar[0]}: there is no {unknown[1]}")
         raise UsageError(f"{message} (see --help)")
 
     def parse_args(self, words: Sequence[object] | None = None, namespace=None):
@@ -78,7 +97,7 @@ def parse(parser: Parser, args: Words) -> argparse.Namespace:
     return args if isinstance(args, argparse.Namespace) else parser.parse_args(args)
 
 
-def add_switch(group: argparse._ActionsContainer, name: str, help: str) -> None:
+def add_switch(group: argparse._ActionsContainer, name: str, help: str, default=False) -> None:
     """Add `--NAME`, `--NAME true|false` (as the tutorial's readers write it) and `--no-NAME`."""
 
     def switch(text: str) -> bool:
@@ -86,10 +105,12 @@ def add_switch(group: argparse._ActionsContainer, name: str, help: str) -> None:
             raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
         return text.lower() == "true"
 
-    options = {"nargs": "?", "const": True, "default": False, "type": switch}
+    options = {"nargs": "?", "const": True, "default": default, "type": switch}
     group.add_argument(f"--{name}", metavar="true|false", help=help, **options)
     dest = name.replace("-", "_")
-    group.add_argument(f"--no-{name}", dest=dest, action="store_false", help=argparse.SUPPRESS)
+    group.add_argument(
+        f"--no-{name}", dest=dest, action="store_false", default=default, help=argparse.SUPPRESS
+    )
 
 
 def number(kind: type, low: float, high: float = 1e9) -> Callable:
@@ -160,6 +181,16 @@ def refuse_run(folder: str | Path) -> None:
         raise UsageError(f"{folder} holds a run: add --resume, or name another --output-dir")
 
 
+def introduce(weights: Path, network, more: str) -> None:
+    """Say in one line what answers: the file, its network, classes and preprocessing, and more.
+    `network` is an inference.Classifier or a checkpoint.Trained."""
+    about, classes = network.preprocessing, ", ".join(network.classes[:5])
+    classes += ", …" if len(network.classes) > 5 else ""
+    sizes = f"resize {about['resize']}, crop {about['crop']}"
+    count = len(network.classes)
+    notice(f"{weights}: {network.model_name}, {count} classes ({classes}), {sizes}{more}")
+
+
 def require_weights(path: str | None) -> Path:
     """The file that --weights names, or best.pth of the newest run; UsageError if there is none."""
     path = Path(path or newest_run("best.pth"))
@@ -188,18 +219,22 @@ def make_folder(path: str | None, name: str) -> Path:
 
 
 def check_file(flag: str, path: str, suffixes: Sequence[str]) -> Path:
-    """Raise UsageError unless a file of such a name can be written."""
+    """Raise UsageError, before any work, unless a file of such a name can be written."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{flag} {path}: the suffix must be {' or '.join(suffixes)}")
     require_path(path.parent, flag, folder=True)
-    return path
+    try:
+        with open(path, "ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: name another place: {error.strerror}") from None
 
 
 def run(main: Callable[[], object]) -> NoReturn:
     """Call `main` and leave with 0, 1, 2, 130 or 143; only a bug shows more than a line."""
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, functools.partial(_leave, os.getpid()))
+        signal.signal(signum, _leave)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a Windows pipe lacks letters
     code = 1
@@ -215,26 +250,20 @@ def run(main: Callable[[], object]) -> NoReturn:
         text = str(error)
     except OSError as error:
         text = ": ".join(filter(None, (error.strerror or str(error), error.filename)))
-    except ModuleNotFoundError as error:
-        text = f"pip install -r requirements.txt: {error.name} is not installed"
+    except ImportError as error:
+        deploy = "-deploy" if (error.name or "").startswith(("onnx", "openvino")) else ""
+        code, text = 2, f"pip install -r requirements{deploy}.txt: {error}"
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
-            text = "use a smaller --batch-size: out of memory"
-        elif str(error).startswith("DataLoader worker"):
-            text = "use a smaller --workers: one was killed, for lack of memory or of /dev/shm"
-        else:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):
             raise
+        text = "use a smaller --batch-size: out of memory"
     notice(f"error: {text}")
     sys.exit(code)
 
 
-def _leave(main_process: int, signum: int, frame: object) -> NoReturn:
+def _leave(signum: int, frame: object) -> NoReturn:
     """End at once, as a kill does: every file that has its name on the disk is whole."""
-    if os.getpid() == main_process:  # it speaks for workers that have just been forked, too
-        word = "interrupted" if signum == signal.SIGINT else "terminated"
-        start = "\n" if os.isatty(2) else ""  # below a progress bar
-        os.write(2, f"{start}error: {word}\n".encode())
-        if "multiprocessing" in sys.modules:
-            for child in sys.modules["multiprocessing"].active_children():
-                child.kill()
+    word = "interrupted" if signum == signal.SIGINT else "terminated"
+    start = "\n" if os.isatty(2) else ""  # below a progress bar
+    os.write(2, f"{start}error: {word}\n".encode())
     os._exit(128 + signum)

@@ -3,9 +3,10 @@
     python eval.py --data-path FOLDER --weights runs/RUN/best.pth
     python eval.py --data-path FOLDER --split all
 
-Prints a table of the classes and, last, one JSON object. Writes to the output folder:
-confusion_matrix.png, mistakes.png (the wrong answers with the largest loss), mistakes.csv (all of
-them) and per_class.csv.
+Measures the validation part of the data that the run was trained on, or all of another folder, or
+the val/ that lies in it. Prints a table of the classes and, last, one JSON object. Writes to the
+output folder: confusion_matrix.png, confusions.csv, mistakes.png (the wrong answers with the
+largest loss), mistakes.csv (all of them) and per_class.csv.
 """
 
 import json
@@ -24,8 +25,8 @@ def build_parser() -> cli.Parser:
     add("--data-path", metavar="DIR",
         help="a folder per class, or train/ and val/ (or test/) of such folders (if omitted: that "
         "of the run)")
-    add("--split", choices=("val", "train", "all"), default="val",
-        help="the part to measure: as the run split them, or everything")
+    add("--split", choices=("val", "train", "all"),
+        help="the part to measure (if omitted: val of what the run was trained on, all of others)")
     cli.add_inference(parser.add_argument_group("network"))
     parser.add_argument_group("output").add_argument("--output-dir", metavar="DIR",
         help="(if omitted: runs/DATE-eval-SPLIT)")
@@ -47,9 +48,9 @@ def main(args: cli.Words = None) -> dict:
     import metrics
     import plots
     from files import save_rows
-    from inference import open_network
+    from inference import Classifier
 
-    network = open_network(weights, args.device, args.runtime, args.workers)
+    network = Classifier(weights, args.device, args.runtime, args.workers)
     classes = network.classes
 
     # The data and the split of the run; classes by the name of their folder.
@@ -57,61 +58,68 @@ def main(args: cli.Words = None) -> dict:
     if not data_path:
         raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
     root = folders.prepare_data(data_path)
-    val_rate, seed = network.args.get("val_rate", 0.2), network.args.get("seed", 0)
-    images = folders.images_of(root, args.split, val_rate, seed)
+    parts = folders.find_parts(root)
+    trained_on = folders.fingerprint(parts) == network.args.get("data")
+    split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
+    if split == "all":
+        images = folders.all_images(parts)
+    else:
+        val_rate, seed = network.args.get("val_rate") or 0.2, network.args.get("seed") or 0
+        images = getattr(folders.split_images(root, val_rate, seed, parts), split)
     if unknown := sorted(images.keys() - set(classes)):
         known = f"{', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
         raise UsageError(f"{root}: {weights} knows no class called {unknown[0]}, only {known}")
     paths, labels = folders.with_labels(images, classes)
-    part = f"{len(paths)} images of {root}, split {args.split}"
-    notice(f"{network.model_name}, {part}, {network.computed_by}")
-    output_dir = cli.make_folder(args.output_dir, f"eval-{args.split}")
+    cli.introduce(weights, network, f"; {network.computed_by}")
+    whose = "" if trained_on else "not "
+    notice(f"{root}: {split}, {len(paths)} images; {whose}the files that the run was trained on")
+    output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
     bad = folders.BadImages(len(paths))
-    tally, mistakes = measure(network, paths, labels, bad, args.workers)
+    answers = cli.progress(network.stream(paths, args.workers), "evaluating", len(paths))
+    tally, mistakes = measure(answers, labels, classes, bad)
     if not tally.images:
         raise RunError(f"{root}: none of its images can be read")
     figures, report = tally.figures(), metrics.class_report(tally.confusion, classes)
 
     save_rows(report, output_dir / "per_class.csv")
     save_rows(mistakes, output_dir / "mistakes.csv")
-    title = f"{args.split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
+    save_rows(metrics.confusions(tally.confusion, classes), output_dir / "confusions.csv")
+    title = f"{split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
     plots.save_figure(figure, output_dir / "confusion_matrix.png")
     if mistakes:
         panels = []
         for row in mistakes[:MISTAKES]:
-            guess, truth = plots.short(row["prediction"]), plots.short(row["class"])
-            panels.append((row["path"], f"{guess} {row['prob']:.2f}, is {truth}"))
+            truth = f"is {plots.short(row['class'])}, {row['prob_of_class']:.3f}"
+            answer = f"{plots.short(row['prediction'])} {row['prob']:.3f}"
+            panels.append(plots.Panel(row["path"], answer, False, [truth]))
         plots.save_figure(plots.draw_images(panels), output_dir / "mistakes.png")
     _print_table(report, figures)
-    about = {"bad_images": len(bad.seen), "split": args.split, "weights": str(weights)}
+    about = {"bad_images": len(bad.seen), "split": split, "weights": str(weights)}
     about |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(output_dir)}
     summary = figures | about
     cli.say(json.dumps(summary))
     return summary | {"per_class": report}
 
 
-def measure(network, paths: list[str], labels: list[int], bad, threads: int) -> tuple:
-    """Run a network on images; returns a Tally, and the mistakes, largest loss first."""
+def measure(answers, labels: list[int], classes: list[str], bad) -> tuple:
+    """Hold the path and answer of each image against its class, an index; returns a Tally, and the
+    mistakes, largest loss first."""
     import numpy as np
 
     from image import ImageError
-    from inference import stream
     from metrics import Tally, softmax
 
-    tally, mistakes = Tally(len(network.classes)), []
-    answers = stream(paths, network.run, network.preprocessing, threads)
-    with cli.progress(len(paths), "evaluating") as bar:
-        for label, (path, answer) in zip(labels, answers, strict=True):
-            bar.update()
-            if isinstance(answer, ImageError):
-                bad.add(answer)
-                continue
-            (loss,) = tally.add(answer[None], np.array([label]))
-            if (guess := answer.argmax()) != label:
-                names = {"class": network.classes[label], "prediction": network.classes[guess]}
-                sure = {"prob": float(softmax(answer[None]).max()), "loss": float(loss)}
-                mistakes.append({"path": path} | names | sure)
+    tally, mistakes = Tally(len(classes)), []
+    for label, (path, answer) in zip(labels, answers, strict=True):
+        if isinstance(answer, ImageError):
+            bad.add(answer)
+            continue
+        (loss,) = tally.add(answer[None], np.array([label]))
+        if (guess := answer.argmax()) != label:
+            names = {"class": classes[label], "prediction": classes[guess]}
+            sure = {"prob": float(softmax(answer[None]).max()), "prob_of_class": np.exp(-loss)}
+            mistakes.append({"path": path} | names | sure | {"loss": float(loss)})
     return tally, sorted(mistakes, key=lambda row: -row["loss"])
 
 

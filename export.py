@@ -14,12 +14,11 @@ with bfloat16 OpenVINO computes in it unless INFERENCE_PRECISION_HINT is "f32".
 """
 
 import copy
-import importlib.util
 import json
 import warnings
 
 import cli
-from cli import RunError, UsageError
+from cli import RunError
 
 # Read by ONNX Runtime from 1.14 on, OpenVINO, TensorRT, and the tools for Android and iOS; torch
 # writes none older without converting it.
@@ -42,20 +41,21 @@ def main(args: cli.Words = None) -> dict:
     args = cli.parse(build_parser(), args)
     weights = cli.require_weights(args.weights)
     output = cli.check_file("--output", args.output, (".onnx",))
-    needed = ("onnx", "onnxscript", "onnxruntime")
-    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
-        raise UsageError(f"pip install -r requirements-deploy.txt: no {' and '.join(missing)}")
 
     # Seconds of imports, so not before the paths are known to be right.
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+
     from checkpoint import load_trained
     from files import replacing
     from optimize import optimize_for_inference
 
     trained = load_trained(weights)
+    cli.introduce(weights, trained, f"; {output} follows in some ten seconds")
     crop = trained.preprocessing["crop"]
     model = to_onnx(optimize_for_inference(trained.model).network, crop)
     # Of the options only those that `eval.py` needs for the same split.
-    kept = {name: trained.args[name] for name in ("val_rate", "seed") if name in trained.args}
+    kept = {name: trained.args.get(name) for name in ("val_rate", "seed", "data")}
     about = {"classes": trained.classes, "preprocessing": trained.preprocessing, "args": kept}
     for name, value in about.items():
         model.metadata_props.add(key=name, value=json.dumps(value))

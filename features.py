@@ -14,10 +14,10 @@ so that what is saved is the plain architecture.
 """
 
 import hashlib
-import json
 import os
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,14 +25,13 @@ import numpy as np
 import PIL
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from cli import RunError, cores, notice, progress
 from files import replacing
 from folders import BadImages
-from image import ImageError, load_rgb
+from image import ImageError
 from inference import stream, torch_run
-from my_dataset import EpochSampler
+from my_dataset import batches
 from optimize import optimize_for_inference
 
 CACHE = Path(__file__).parent / ".cache" / "features"
@@ -70,50 +69,50 @@ class Head(nn.Module):
             fc.bias.copy_(self.linear.bias.detach().cpu().double() - weight @ mean)
 
 
-class FeatureSet(Dataset):
-    """Rows of features and their classes, a batch at a time."""
+class FeatureLoader:
+    """Batches of features (N, channels) and classes (N,); with a seed, in another order in each
+    epoch."""
 
-    def __init__(self, features: np.ndarray, rows: np.ndarray, labels: Tensor) -> None:
-        self.features, self.rows, self.labels = features, rows, labels
+    def __init__(self, features: Tensor, labels: Tensor, size: int, seed: int | None) -> None:
+        self.features, self.labels = features, labels
+        self.size, self.seed, self.epoch = size, seed, 0
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        picked = [index for _, index in items]  # without the epoch that EpochSampler gives
-        batch = torch.from_numpy(self.features[self.rows[picked]])  # (N,channels)
-        return batch, self.labels[picked]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches(len(self.labels), self.size, self.seed, self.epoch):
+            yield self.features[batch], self.labels[batch]
 
 
 def head_and_loaders(
     model, train, val, preprocessing, device, seed: int, bad: BadImages, batch_size: int
-) -> tuple[Head, DataLoader, DataLoader]:
+) -> tuple[Head, FeatureLoader, FeatureLoader]:
     """What takes the place of a network, on `device`, and of its loaders for training and for
     validation, of paths and class indices each."""
     paths = sorted(train[0] + val[0])  # another split of the same images finds the same file
     features = cached_features(model, paths, preprocessing, device, bad)
-    unreadable = np.isnan(features[:, 0])
-    row_of = {path: row for row, path in enumerate(paths) if not unreadable[row]}
+    row_of = dict(zip(paths, features, strict=True))
     loaders = []
-    for name, (side, labels) in (("train", train), ("validate", val)):
-        kept = [(row_of[p], label) for p, label in zip(side, labels, strict=True) if p in row_of]
+    for name, (side, labels), order in (("train", train, seed), ("validate", val, None)):
+        kept = [(row_of[p], label) for p, label in zip(side, labels, strict=True)]
+        kept = [(row, label) for row, label in kept if not np.isnan(row[0])]  # could be read
         if not kept:
             raise RunError(f"no image to {name} on can be read")
-        rows, labels = (np.array(column) for column in zip(*kept, strict=True))
-        data = FeatureSet(features, rows, torch.from_numpy(labels))
-        sampler = EpochSampler(len(data), shuffle=name == "train", seed=seed)
-        loaders.append(DataLoader(data, batch_size, sampler=sampler, collate_fn=tuple))
-    mean, std = statistics(features[loaders[0].dataset.rows])
+        rows, labels = zip(*kept, strict=True)
+        rows, labels = torch.from_numpy(np.stack(rows)), torch.tensor(labels)
+        loaders.append(FeatureLoader(rows, labels, batch_size, order))
+    mean, std = statistics(loaders[0].features)
     return Head(model.fc, mean, std).to(device), *loaders
 
 
-def statistics(features: np.ndarray) -> tuple[Tensor, Tensor]:
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, float32 (channels,), of (n, channels)."""
     # A channel that hardly moves beside its mean keeps a scale that float32 can fold back: divided
     # by less, rounding of fc.weight x - fc.weight mean would drown the logits.
-    mean, std = features.mean(0, np.float64), features.std(0, np.float64)
-    std = np.maximum(std, 1e-3 * np.hypot(mean, std) + 1e-6)
-    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+    std, mean = torch.std_mean(features.double(), dim=0, correction=0)
+    return mean.float(), std.clamp(min=1e-3 * torch.hypot(mean, std) + 1e-6).float()
 
 
 def cached_features(
@@ -127,26 +126,21 @@ def cached_features(
     """
     file = CACHE / f"{_key(model, paths, preprocessing)}.npy"
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
-        features = np.load(file, mmap_mode="r", allow_pickle=False)
+        features = np.load(file, allow_pickle=False)
         notice(f"features of {len(paths)} images read from {file}")
         for row in np.flatnonzero(np.isnan(features[:, 0])):
-            try:
-                load_rgb(paths[row])
-            except ImageError as error:  # named in every run
-                bad.add(error)
+            bad.add(ImageError(f"{paths[row]}: could not be read"))
         return features
 
     optimized = optimize_for_inference(model.eval())
     run = torch_run(optimized.forward_features, device, preprocessing)
     features = np.empty((len(paths), model.fc.in_features), np.float32)
-    start = time.perf_counter()
-    with progress(len(paths), "computing features") as bar:
-        for row, (_, answer) in enumerate(stream(paths, run, preprocessing, cores())):
-            if isinstance(answer, ImageError):
-                bad.add(answer)
-                answer = np.nan
-            features[row] = answer
-            bar.update()
+    start, answers = time.perf_counter(), stream(paths, run, preprocessing, cores())
+    for row, (_, answer) in enumerate(progress(answers, "computing features", len(paths))):
+        if isinstance(answer, ImageError):
+            bad.add(answer)
+            answer = np.nan
+        features[row] = answer
     rate = len(paths) / (time.perf_counter() - start)
     notice(f"features of {len(paths)} images computed, {rate:.0f} img/s")
     try:
@@ -159,16 +153,15 @@ def cached_features(
 
 
 def _key(model: nn.Module, paths: list[str], preprocessing: dict) -> str:
-    digest = hashlib.sha256()
-    versions = [VERSION, torch.__version__, PIL.__version__, np.__version__]
-    digest.update(json.dumps([versions, preprocessing], sort_keys=True).encode())
-    for name, value in model.state_dict().items():
-        if not name.startswith("fc."):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+    about = [VERSION, torch.__version__, PIL.__version__, np.__version__, preprocessing]
     for path in paths:
-        digest.update(os.fsencode(os.path.realpath(path)) + b"\0")
+        about.append(os.path.realpath(path))
         with suppress(OSError):  # gone meanwhile: reading it will say so
             status = os.stat(path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
+            about += [status.st_size, status.st_mtime_ns]
+    digest = hashlib.sha256(repr(about).encode())
+    for name, value in model.state_dict().items():
+        if not name.startswith("fc."):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -11,13 +11,23 @@ import random
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from cli import FLOWER_PHOTOS, RunError, UsageError, notice, require_data
+from cli import FLOWER_PHOTOS, RunError, UsageError, notice, progress, require_data
 from image import SUFFIXES, ImageError
 
 MOST_BAD = 0.1  # share of the images that may be skipped before the disk must be damaged
 
 Images = dict[str, list[str]]  # class name -> paths
+
+
+class Split(NamedTuple):
+    """The two parts of a data set, and rows that name the images which make it doubtful: under two
+    classes, or on both sides."""
+
+    train: Images
+    val: Images
+    doubts: list[dict]
 
 
 def prepare_data(data_path: str) -> Path:
@@ -33,9 +43,9 @@ def prepare_data(data_path: str) -> Path:
 def find_images(root: str | Path) -> Images:
     """List the images of every class, {class name: sorted paths} in sorted order of the names.
 
-    Images may lie deeper; links are followed, each folder once. Hidden files and folders are
-    skipped; with a notice, folders without an image, images outside the class folders, and other
-    files. UsageError if no folder holds an image, OSError if one cannot be listed.
+    Images may lie deeper. Hidden files and folders are skipped; with a notice, folders without an
+    image, images outside the class folders, and other files. UsageError if no folder holds an
+    image, OSError if one cannot be listed.
     """
     images, others, loose = {}, Counter(), 0
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
@@ -55,6 +65,9 @@ def find_images(root: str | Path) -> Images:
         raise UsageError(f"{hint}{root} holds no class folders with images; {layout}")
     if loose:
         notice(f"skipped images of {root} that lie in no class folder: {loose}")
+    if all(os.path.dirname(paths[0]) != f"{root}/{name}" for name, paths in images.items()):
+        deeper = Path(root, next(iter(images)))
+        notice(f"if each folder of {root} is a data set and no class, name one, such as {deeper}")
     return images
 
 
@@ -64,37 +77,70 @@ def images_below(folder: str, others: Counter) -> list[str]:
     def stop(error: OSError) -> None:
         raise error
 
-    found, seen = [], {os.path.dirname(os.path.realpath(folder))}  # a link may point back up
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=stop):
-        new = os.path.realpath(here) not in seen
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+    found = []
+    for here, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
-            if new and not name.startswith("."):
-                if suffix in SUFFIXES:
-                    found.append(os.path.join(here, name))
-                else:
-                    others[suffix or "without a suffix"] += 1
+            if suffix in SUFFIXES and not name.startswith("."):
+                found.append(os.path.join(here, name))
+            elif not name.startswith("."):
+                others[suffix or "without a suffix"] += 1
     return sorted(found)
 
 
-def split_images(root: str | Path, val_rate: float, seed: int) -> tuple[Images, Images]:
-    """Split into a training and a validation part, {class: paths} each; nothing is written.
+def find_parts(root: str | Path) -> list[Images]:
+    """The images of `train/` and of `val/` (or `valid/`, `validation/`, `test/`) where a root has
+    these; else those of its class folders, as the only part."""
+    root = Path(root)
+    names = ("train", "val", "valid", "validation", "test")
+    sides = [root / name for name in names if _has_folders(root / name)]
+    if not sides or sides[0].name != "train":
+        return [find_images(root)]
+    if len(sides) == 1:
+        raise UsageError(f"make a val/ or test/ beside it: {root} holds train/ alone")
+    if len(sides) > 2:
+        others = ", ".join(f"{side.name}/" for side in sides[2:])
+        notice(f"{root}: validation is {sides[1].name}/; {others} is not used")
+    return [find_images(side) for side in sides[:2]]
 
-    `root` holds either one folder per class, of which `int(n * val_rate)` images a class go to
-    validation, drawn from the seed; or `train/` and `val/` (or `valid/`, `validation/`, `test/`),
-    taken as they are. Images that are the same to the byte stay together: where the draw parts
-    them, all of them go to training. UsageError for a class without images on one side.
+
+def _has_folders(path: Path) -> bool:
+    """False for a class that is called "train": images, not folders, lie in it."""
+    return path.is_dir() and any(
+        entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(path)
+    )
+
+
+def all_images(parts: list[Images]) -> Images:
+    """The parts of a data set as one."""
+    names = sorted(set().union(*parts))
+    return {name: [path for part in parts for path in part.get(name, [])] for name in names}
+
+
+def fingerprint(parts: list[Images]) -> str:
+    """Of the names of classes and images: the same wherever the data set lies."""
+    names = [
+        (number, name, sorted(map(os.path.basename, paths)))
+        for number, part in enumerate(parts)
+        for name, paths in part.items()
+    ]
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+
+def split_images(
+    root: str | Path, val_rate: float, seed: int, parts: list[Images] | None = None
+) -> Split:
+    """Split into a training and a validation part; nothing is written.
+
+    Of one folder per class `int(n * val_rate)` images a class go to validation, drawn from the
+    seed; `train/` and `val/` are taken as they are. Images that are the same to the byte stay
+    together: where the draw parts them, all of them go to training. `parts` are those of
+    `find_parts(root)`, if known. UsageError for a class without images on one side.
     """
-    if not 0 < val_rate < 1:
-        raise UsageError(f"val_rate is {val_rate}, must be between 0 and 1")
-    folders = _train_and_val(Path(root))
-    if folders:
-        train, val = (find_images(folder) for folder in folders)
-        _notice_shared(train, val)
-    else:
-        train, val = _draw(find_images(root), val_rate, seed)
+    parts = parts or find_parts(root)
+    equal = _same_bytes([path for part in parts for paths in part.values() for path in paths])
+    train, val = parts if len(parts) == 2 else _draw(parts[0], equal, val_rate, seed)
     if len(train) < 2:
         deeper = Path(root, *train)
         raise UsageError(f"name {deeper} if the classes lie in it: {root} has no other class")
@@ -102,84 +148,58 @@ def split_images(root: str | Path, val_rate: float, seed: int) -> tuple[Images, 
         counts = [len(side.get(name, [])) for side in (train, val)]
         if 0 in counts:
             side = ("training", "validation")[counts.index(0)]
-            rate = "" if folders else f", or change --val-rate (now {val_rate})"
+            rate = "" if len(parts) == 2 else f", or change --val-rate (now {val_rate})"
             has = f"class {name} has no image for {side}, of {sum(counts)} in all"
-            raise UsageError(f"{root}: {has}; add images{rate}")
-    return train, val
+            raise UsageError(f"add images{rate}: {root}: {has}")
+    return Split(train, val, _doubts(train, val, equal))
 
 
-def images_of(root: str | Path, split: str, val_rate: float, seed: int) -> Images:
-    """The "train" or "val" part of `split_images`, or with "all" every image below `root`."""
-    if split != "all":
-        return split_images(root, val_rate, seed)[split == "val"]
-    parts = [find_images(folder) for folder in _train_and_val(Path(root)) or [root]]
-    names = sorted(set().union(*parts))
-    return {name: [path for part in parts for path in part.get(name, [])] for name in names}
-
-
-def _train_and_val(root: Path) -> tuple[Path, Path] | None:
-    """The folders train/ and val/ of a root; None where its folders are classes, of which one may
-    be called "train": then images, not folders, lie in it."""
-    names = ("train", "val", "valid", "validation", "test")
-    sides = [root / name for name in names if _has_folders(root / name)]
-    if not sides or sides[0].name != "train":
-        return None
-    if len(sides) == 1:
-        raise UsageError(f"{root}: holds train/ but no val/ or test/ beside it; make one")
-    if len(sides) > 2:
-        others = ", ".join(f"{side.name}/" for side in sides[2:])
-        notice(f"{root}: validation is {sides[1].name}/; {others} is not used")
-    return sides[0], sides[1]
-
-
-def _has_folders(path: Path) -> bool:
-    return path.is_dir() and any(
-        entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(path)
-    )
-
-
-def _draw(images: Images, val_rate: float, seed: int) -> tuple[Images, Images]:
+def _draw(images: Images, equal: list, val_rate: float, seed: int) -> tuple[Images, Images]:
     generator = random.Random(seed)  # one for all classes: the tutorial's split at seed 0
     drawn = set()
     for paths in images.values():
         drawn.update(generator.sample(paths, int(len(paths) * val_rate)))
-    class_of = {path: name for name, paths in images.items() for path in paths}
-    groups = _same_bytes(list(class_of))
-    if groups:
-        notice(f"images that are there more than once, kept on one side: {len(groups)}")
-    conflicts = [same for same in groups if len({class_of[path] for path in same}) > 1]
-    if conflicts:
-        first = ", ".join(conflicts[0])
-        notice(f"THE SAME IMAGE IN TWO CLASSES: {len(conflicts)}; the first: {first}")
-    for same in groups:
+    for same in equal:
         if not drawn.issuperset(same):
             drawn.difference_update(same)
+    if equal:
+        notice(f"images that are there more than once, kept on one side: {len(equal)}")
     train = {name: [p for p in paths if p not in drawn] for name, paths in images.items()}
     val = {name: [p for p in paths if p in drawn] for name, paths in images.items()}
     return train, val
 
 
-def _notice_shared(train: Images, val: Images) -> None:
-    """Say which validation images are training images too, to the byte."""
-    known, others = ({p for paths in side.values() for p in paths} for side in (train, val))
-    shared = [p for p in _same_bytes([*known, *others]) if known & set(p) and others & set(p)]
-    if shared:
-        first = ", ".join(shared[0])
-        notice(f"images on both sides, which flatters accuracy: {len(shared)}; the first: {first}")
+def _doubts(train: Images, val: Images, equal: list) -> list[dict]:
+    sides = (("train", train), ("val", val))
+    place = {p: (name, side) for side, images in sides for name in images for p in images[name]}
+    doubts = {"the same image in two classes": [], "the same image on both sides": []}
+    for same in equal:
+        classes, sides = (set(values) for values in zip(*map(place.get, same), strict=True))
+        if len(classes) > 1:
+            doubts["the same image in two classes"].append(same)
+        elif len(sides) > 1:
+            doubts["the same image on both sides"].append(same)
+    rows = []
+    for problem, groups in doubts.items():
+        if groups:
+            notice(f"{problem.upper()}: {len(groups)} times, such as {' and '.join(groups[0])}")
+        for number, path in ((n, path) for n, same in enumerate(groups, 1) for path in same):
+            about = {"problem": problem, "number": number, "path": path}
+            rows.append(about | dict(zip(("class", "side"), place[path], strict=True)))
+    return rows
 
 
 def _same_bytes(paths: list[str]) -> list[list[str]]:
     """Groups of two or more files with equal content, sorted."""
-    groups = [paths]
-    # Few files share a size, so hardly any is read.
-    for key in (os.path.getsize, lambda path: hashlib.sha256(Path(path).read_bytes()).digest()):
-        by_key = defaultdict(list)
-        for number, group in enumerate(groups):
-            for path in group:
-                with suppress(OSError):  # reading it as an image will say so
-                    by_key[number, key(path)].append(path)
-        groups = [group for group in by_key.values() if len(group) > 1]
-    return sorted(sorted(group) for group in groups)
+    by_size, by_content = defaultdict(list), defaultdict(list)
+    for path in paths:
+        with suppress(OSError):  # reading it as an image will say so
+            by_size[os.path.getsize(path)].append(path)
+    suspects = [path for same in by_size.values() if len(same) > 1 for path in same]
+    for path in progress(suspects, "looking for copies"):  # few: photographs differ in size
+        with suppress(OSError):
+            by_content[hashlib.sha256(Path(path).read_bytes()).digest()].append(path)
+    return sorted(sorted(same) for same in by_content.values() if len(same) > 1)
 
 
 def with_labels(images: Images, classes: list[str]) -> tuple[list[str], list[int]]:

@@ -1,4 +1,5 @@
-"""One image, for all scripts: open it safely, turn it upright, make it RGB, resize and crop.
+"""One image, for all scripts: open it safely, turn it upright, make it RGB, resize and crop; and
+`ahead`, to read many beside other work.
 
 No torch here: an exported network needs none.
 """
@@ -6,6 +7,9 @@ No torch here: an exported network needs none.
 import errno
 import os
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -103,3 +107,19 @@ def resize_and_crop(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     (left, right), (top, bottom) = edges
     box = (left, top, right, bottom)
     return np.array(image.resize((crop, crop), Image.Resampling.BILINEAR, box))
+
+
+def ahead(work: Callable, items: Iterable, threads: int) -> Iterator:
+    """`work(item)` of every item, in order, computed by threads beside the caller; few are waiting
+    at a time. With no threads, computed when asked for."""
+    if not threads:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

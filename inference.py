@@ -6,62 +6,85 @@ an .onnx file torch is never imported, which saves more than a second.
 
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO
 
 import numpy as np
 
+import cli
 from cli import RunError, UsageError
-from image import ImageError, load_rgb, resize_and_crop
+from image import ImageError, ahead, load_rgb, resize_and_crop
+from metrics import softmax
 
 BATCH = 16  # images; more are slower on a CPU, see optimize.py
-Run = Callable[[np.ndarray], np.ndarray]
+Run = Callable[[np.ndarray], np.ndarray]  # uint8 (N, crop, crop, 3) to float32 (N, outputs)
 
 
-class Network(NamedTuple):
-    """What classifies images: `run` takes uint8 (N, crop, crop, 3) and returns logits float32
-    (N, classes). It keeps to one core and is called from several threads, as `stream` does."""
+class Classifier:
+    """A trained network as a function of an image.
 
-    run: Run
-    model_name: str
-    classes: list[str]
-    preprocessing: dict
-    args: dict  # of train.py; empty where unknown
-    computed_by: str
+        classify = Classifier("runs/RUN/best.pth")
+        classify("photo.jpg")  # [{"class": "tulips", "prob": 0.982}, ...], best first
 
-
-def open_network(
-    weights: str | Path, device="auto", runtime: str | None = None, threads=1
-) -> Network:
-    """Make a trained network ready: an .onnx file of export.py, computed by a runtime, or what
-    `checkpoint.load_trained` reads, computed on a device. `threads` call it at the same time.
-
-    UsageError if what is asked for is not there, RunError if the file is damaged or foreign.
+    `weights` is an .onnx file of export.py, computed by a runtime, or a weight file, computed on a
+    device. `threads` may call it at the same time; each call keeps to a core. UsageError if what is
+    asked for is not there, RunError if the file is damaged or foreign.
     """
-    if Path(weights).suffix.lower() != ".onnx":
-        if runtime:
+
+    def __init__(
+        self, weights: str | Path, device="auto", runtime: str | None = None, threads=1
+    ) -> None:
+        self.weights = cli.require_weights(weights)
+        onnx = self.weights.suffix.lower() == ".onnx"
+        if runtime and not onnx:
             raise UsageError(f"--runtime {runtime}: give --weights an .onnx file, by export.py")
-        return _open_torch(weights, device)
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: use the .pth; an .onnx file is computed on the CPU")
+        if onnx and device not in ("auto", "cpu"):
+            raise UsageError(
+                f"--device {device}: use the .pth; .onnx files are computed on the CPU"
+            )
+        if onnx:
+            self.computed_by = runtime or "onnxruntime"
+            self._run, about = _open_onnx(self.weights, self.computed_by, threads)
+        else:
+            self._run, about, self.computed_by = _open_torch(self.weights, device)
+        self.model_name, self.classes, self.preprocessing, self.args = about
+
+    def stream(
+        self, paths: Sequence[str | Path | IO[bytes]], threads: int = 1
+    ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+        """The path and the logits (classes,) of each image in order, or why it cannot be read."""
+        return stream(paths, self._run, self.preprocessing, threads)
+
+    def __call__(self, image: str | Path | IO[bytes], topk: int = 5) -> list[dict]:
+        """The `topk` best classes of an image; ImageError if it cannot be read."""
+        ((_, answer),) = self.stream([image])
+        if isinstance(answer, ImageError):
+            raise answer
+        return self.best_classes(answer, topk)
+
+    def best_classes(self, logits: np.ndarray, topk: int) -> list[dict]:
+        """[{"class": name, "prob": 0 to 1}, ...], the `topk` best first, of logits (classes,)."""
+        probabilities = softmax(logits[None])[0]
+        order = (-probabilities).argsort(kind="stable")[:topk]
+        return [{"class": self.classes[i], "prob": float(probabilities[i])} for i in order]
+
+
+def _open_onnx(weights: Path, runtime: str, threads: int) -> tuple[Run, list]:
     try:
-        runtime = runtime or "onnxruntime"
-        run, metadata = OPEN[runtime](Path(weights), threads)
+        run, metadata = OPEN[runtime](weights, threads)
         about = [json.loads(metadata[name]) for name in ("classes", "preprocessing", "args")]
         run = _of_bytes(run, about[1])
         crop = about[1]["crop"]
         outputs = run(np.zeros((1, crop, crop, 3), np.uint8)).shape[1]
-    except ImportError as error:
-        raise UsageError(f"pip install -r requirements-deploy.txt: {error}") from None
+    except ImportError:
+        raise
     except Exception as error:  # each runtime has its own classes of errors
         reason = str(error).strip().rpartition("\n")[2]
         raise RunError(f"{weights}: damaged, or no file of export.py ({reason})") from None
     if outputs != len(about[0]):
         raise RunError(f"{weights}: names {len(about[0])} classes, but has {outputs} outputs")
-    return Network(run, metadata.get("model_name", "unknown"), *about, computed_by=runtime)
+    return run, [metadata.get("model_name", "unknown"), *about]
 
 
 def _of_bytes(run: Run, preprocessing: dict) -> Run:
@@ -81,17 +104,15 @@ def _of_bytes(run: Run, preprocessing: dict) -> Run:
     return run_bytes
 
 
-def _open_torch(weights: str | Path, device_name: str) -> Network:
+def _open_torch(weights: Path, device_name: str) -> tuple[Run, list, str]:
     from checkpoint import load_trained
     from optimize import optimize_for_inference
     from utils import choose_device
 
     device = choose_device(device_name)
-    trained = load_trained(weights)
-    model = optimize_for_inference(trained.model.to(device))
-    run = torch_run(model, device, trained.preprocessing)
-    about = (trained.model_name, trained.classes, trained.preprocessing, trained.args)
-    return Network(run, *about, computed_by=f"PyTorch on {device}")
+    model, *about = load_trained(weights)
+    run = torch_run(optimize_for_inference(model.to(device)), device, about[2])
+    return run, about, f"PyTorch on {device}"
 
 
 def torch_run(model: Callable, device, preprocessing: dict) -> Run:
@@ -154,19 +175,16 @@ def stream(
     """Run a network on image files, with threads that each read some and compute them on one core:
     none waits for another, and no more images are in memory than the threads have in hand.
 
-    `run` takes uint8 (N, crop, crop, 3) to (N, outputs). Yields for each path, in order, the path
-    and its row (outputs,), or the error that says why it could not be read. RunError if an answer
-    is not finite.
+    Yields for each path, in order, the path and its row (outputs,), or the error that says why it
+    could not be read. RunError if an answer is not finite.
     """
+    sizes = preprocessing["resize"], preprocessing["crop"]
 
     def work(batch: Sequence[str]) -> list[tuple[str, np.ndarray | ImageError]]:
         images, answers = [], []
         for path in batch:
             try:
-                # Nested, or the image would stay in memory while the next is read.
-                images.append(
-                    resize_and_crop(load_rgb(path), preprocessing["resize"], preprocessing["crop"])
-                )
+                images.append(resize_and_crop(load_rgb(path), *sizes))
                 answers.append(None)
             except ImageError as error:
                 answers.append(error)
@@ -176,11 +194,6 @@ def stream(
         rows = iter(outputs)
         return [(path, error or next(rows)) for path, error in zip(batch, answers, strict=True)]
 
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for first in range(0, len(paths), BATCH):
-            waiting.append(pool.submit(work, paths[first : first + BATCH]))
-            if len(waiting) > 2 * threads:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+    parts = (paths[first : first + BATCH] for first in range(0, len(paths), BATCH))
+    for answered in ahead(work, parts, threads):
+        yield from answered

@@ -54,3 +54,13 @@ def class_report(confusion: np.ndarray, classes: list[str]) -> list[dict]:
         row = {"class": name, "images": actual, "precision": ratio(hits, claimed)}
         rows.append(row | {"recall": ratio(hits, actual), "f1": ratio(2 * hits, actual + claimed)})
     return rows
+
+
+def confusions(confusion: np.ndarray, classes: list[str]) -> list[dict]:
+    """Rows of class, prediction and images for each pair that was confused, most images first."""
+    wrong = confusion - np.diag(confusion.diagonal())
+    pairs = sorted(np.argwhere(wrong).tolist(), key=lambda pair: -wrong[*pair])
+    return [
+        {"class": classes[truth], "prediction": classes[guess], "images": int(wrong[truth, guess])}
+        for truth, guess in pairs
+    ]

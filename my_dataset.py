@@ -1,31 +1,33 @@
 """From images on the disk to batches on the device: data set, transforms, order, loader."""
 
-import signal
+import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from folders import BadImages
-from image import IMAGENET_MEAN, ImageError, load_rgb, resize_and_crop
+from image import IMAGENET_MEAN, ImageError, ahead, load_rgb, resize_and_crop
 
 
 class MyDataSet(Dataset):
     """Images and their classes.
 
-    `transform` is called with the RGB image and draws from torch's global generator. With a `seed`,
-    what it draws for an image depends on seed, epoch and index alone, so neither the order nor the
-    number of worker processes changes the result. ImageError on access if one cannot be read.
+    `transform` is called with the RGB image; with a `seed` also with a random.Random that depends
+    on seed, epoch and index alone, so that nothing else changes what is drawn: not the order, not
+    the number of threads. ImageError on access if an image cannot be read.
     """
 
     def __init__(
         self,
         images_path: Sequence[str],
         images_class: Sequence[int],
-        transform: Callable[[Image.Image], Tensor] | None = None,
+        transform: Callable | None = None,
         seed: int | None = None,
     ) -> None:
         if len(images_path) != len(images_class):
@@ -34,22 +36,18 @@ class MyDataSet(Dataset):
         self.images_class = images_class
         self.transform = transform
         self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.images_path)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor | Image.Image, int]:
-        """Image and class of an index, or of the (epoch, index) that `EpochSampler` gives."""
-        epoch, index = index if isinstance(index, tuple) else (0, index)
+    def __getitem__(self, index: int) -> tuple:
         image, label = load_rgb(self.images_path[index]), self.images_class[index]
-        if self.transform is None:
-            return image, label
-        if self.seed is None:
-            return self.transform(image), label
-        with torch.random.fork_rng(devices=[]):
-            mixed = (self.seed * 1_000_003 + epoch) * 1_000_003 + index
-            torch.default_generator.manual_seed(mixed % 2**63)
-            return self.transform(image), label
+        if self.transform is not None and self.seed is not None:
+            image = self.transform(image, random.Random(f"{self.seed} {self.epoch} {index}"))
+        elif self.transform is not None:
+            image = self.transform(image)
+        return image, label
 
     @staticmethod
     def collate_fn(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -58,27 +56,47 @@ class MyDataSet(Dataset):
         return torch.stack(images), torch.tensor(labels)
 
 
-def train_transform(size: int, random_erase: float = 0.0) -> Callable[[Image.Image], Tensor]:
-    """Random crop of 8 to 100 % of the area and random mirroring; gives uint8 (3, size, size).
+def train_transform(size: int, random_erase: float = 0.0) -> Callable:
+    """Random crop of 8 to 100 % of the area, random mirroring; gives uint8 (size, size, 3).
 
     With the probability `random_erase` a rectangle of 2 to 33 % of it becomes the mean colour
     (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020).
     """
-    from torchvision import transforms  # a second of import that only training needs
 
-    colour = [round(255 * value) for value in IMAGENET_MEAN]
-    steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    steps += [transforms.PILToTensor(), transforms.RandomErasing(random_erase, value=colour)]
-    return transforms.Compose(steps)
+    def transform(image: Image.Image, rng: random.Random) -> np.ndarray:
+        box = random_box(*image.size, (0.08, 1), 4 / 3, rng)
+        pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR, box))
+        if rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        if rng.random() < random_erase:
+            left, top, right, bottom = random_box(size, size, (0.02, 0.33), 10 / 3, rng)
+            pixels[top:bottom, left:right] = [round(255 * value) for value in IMAGENET_MEAN]
+        return pixels
+
+    return transform
 
 
-def eval_transform(preprocessing: dict) -> Callable[[Image.Image], Tensor]:
-    """Resize and centre crop; gives uint8 (3, crop, crop)."""
-    return partial(_resized, resize=preprocessing["resize"], crop=preprocessing["crop"])
+def random_box(
+    width: int, height: int, area: tuple[float, float], ratio: float, rng: random.Random
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random box within width x height: `area` is the range of its
+    share, 1 / `ratio` to `ratio` that of its aspect (Szegedy et al., arXiv 1409.4842, section 6).
+    Where ten draws do not fit in, the largest box of such an aspect in the centre."""
+    for _ in range(10):
+        pixels = width * height * rng.uniform(*area)
+        aspect = ratio ** rng.uniform(-1, 1)
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * ratio)), min(height, round(width * ratio))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
-def _resized(image: Image.Image, resize: int, crop: int) -> Tensor:
-    return torch.from_numpy(resize_and_crop(image, resize, crop)).permute(2, 0, 1)  # HWC -> CHW
+def eval_transform(preprocessing: dict) -> Callable[[Image.Image], np.ndarray]:
+    """Resize and centre crop; gives uint8 (crop, crop, 3)."""
+    return partial(resize_and_crop, resize=preprocessing["resize"], crop=preprocessing["crop"])
 
 
 class Normalize(nn.Module):
@@ -93,85 +111,55 @@ class Normalize(nn.Module):
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-class EpochSampler(Sampler):
-    """(epoch, index) for every index below `length`; shuffled, in an order of seed and epoch.
-
-    The epoch travels along: workers that outlive it need it to know what to draw.
-    """
-
-    def __init__(self, length: int, shuffle: bool = False, seed: int = 0) -> None:
-        self.length, self.shuffle, self.seed = length, shuffle, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass, and what is drawn in it."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = range(self.length)
-        if self.shuffle:
-            # The factor keeps runs of neighbouring seeds from sharing their orders.
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.length, generator=generator).tolist()
-        return ((self.epoch, index) for index in order)
+def batches(length: int, size: int, seed: int | None, epoch: int) -> list[list[int]]:
+    """The numbers below `length` in lists of `size`; in order, or in one of seed and epoch."""
+    order = list(range(length))
+    if seed is not None:
+        random.Random(f"{seed} {epoch}").shuffle(order)
+    return [order[first : first + size] for first in range(0, length, size)]
 
 
-class DeviceLoader(DataLoader):
-    """Batches that travel to the device as bytes and come out as normalised floats.
+class DeviceLoader:
+    """Batches of images on the device, normalised (N, 3, H, W), and their classes (N,).
 
-    `shuffle` gives a new order each epoch, from the data set's seed and `sampler.set_epoch`. Images
-    that cannot be read are missing from their batch and counted by `bad`.
+    `threads` read ahead while the device computes; 0 reads when a batch is asked for. A data set
+    with a seed comes in another order in each epoch. Images that cannot be read are missing from
+    their batch and counted by `bad`.
     """
 
     def __init__(
         self, dataset: MyDataSet, device: torch.device, preprocessing: dict, batch_size: int,
-        num_workers: int = 0, bad: BadImages | None = None, *, shuffle: bool = False,
+        threads: int = 0, bad: BadImages | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            _Tolerant(dataset),
-            batch_size,
-            sampler=EpochSampler(len(dataset), shuffle, dataset.seed or 0),
-            num_workers=num_workers,
-            collate_fn=tuple,
-            pin_memory=device.type == "cuda",
-            persistent_workers=num_workers > 0 and shuffle,  # validation's end with it
-            worker_init_fn=_ignore_ctrl_c,
-        )
-        self.device = device
+        self.dataset, self.device = dataset, device
+        self.batch_size, self.threads = batch_size, threads
         self.normalize = Normalize(preprocessing).to(device)
         self.bad = bad or BadImages(len(dataset))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, errors in super().__iter__():
-            for error in errors:
-                self.bad.add(error)
-            if images is not None:
-                images = images.to(self.device, non_blocking=True)
-                yield self.normalize(images), labels.to(self.device, non_blocking=True)
-
-
-class _Tolerant(Dataset):
-    """Batches of a data set without the images that cannot be read, and the errors of these."""
-
-    def __init__(self, dataset: MyDataSet) -> None:
-        self.dataset = dataset
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass, and what is drawn in it."""
+        self.dataset.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return math.ceil(len(self.dataset) / self.batch_size)
 
-    def __getitems__(self, items: list) -> tuple[Tensor | None, Tensor | None, list[ImageError]]:
-        good, errors = [], []
-        for item in items:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data = self.dataset
+        order = batches(len(data), self.batch_size, data.seed, data.epoch)
+        for pixels, labels, errors in ahead(self._read, order, self.threads):
+            for error in errors:
+                self.bad.add(error)
+            if labels:
+                images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # NHWC -> NCHW
+                yield self.normalize(images.to(self.device)), torch.tensor(labels).to(self.device)
+
+    def _read(self, indices: list[int]) -> tuple[list[np.ndarray], list[int], list[ImageError]]:
+        pixels, labels, errors = [], [], []
+        for index in indices:
             try:
-                good.append(self.dataset[item])
+                image, label = self.dataset[index]
+                pixels.append(image)
+                labels.append(label)
             except ImageError as error:
                 errors.append(error)
-        return *(self.dataset.collate_fn(good) if good else (None, None)), errors
-
-
-def _ignore_ctrl_c(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main process speaks for all."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return pixels, labels, errors

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,9 @@ from PIL import ImageOps
 from cli import RunError, notice, printable
 from files import replacing
 from image import load_rgb
+from metrics import confusions
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind, too (Okabe and Ito)
 
 # Matplotlib's own font, then those with Chinese letters that are installed.
 CHINESE = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC")
@@ -42,8 +46,9 @@ def draw_curves(history: Sequence[dict], best: dict) -> Figure:
             axes.plot(epochs, values, style, marker="o", markersize=3, label=side)
         if history[0]["epoch"] == 0:
             axes.plot([0], [history[0][f"val_{name}"]], "k*", label="val, fc alone")
-        axes.axvline(best["epoch"], color="grey", linewidth=0.8, linestyle=":")
+        axes.axvline(best["epoch"], color="grey", linewidth=0.8, linestyle=":", label="best epoch")
         axes.set_xlabel("epoch")
+        axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(name)
         axes.grid(alpha=0.3)
@@ -53,56 +58,75 @@ def draw_curves(history: Sequence[dict], best: dict) -> Figure:
 
 
 def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Counts (n, n), rows the truth, columns the prediction; shades are the share of a row."""
+    """Counts (n, n), rows the truth, columns the prediction; shades are the share of a row. Beside
+    more than 20 classes, whose names could not be read, the largest confusions."""
     n = len(classes)
     large = n > 20
-    side = min(0.19 * n, 20) if large else 3 + 0.55 * n
+    size = (16, 7) if large else (4.5 + 0.55 * n, 4 + 0.55 * n)
     # "compressed" is for axes that stay square; "constrained" cuts off their label.
-    figure = Figure(figsize=(side + 1.5, side + 1), dpi=150, layout="compressed")
-    axes = figure.subplots()
+    figure = Figure(figsize=size, dpi=150, layout="compressed")
+    axes, *bars = figure.subplots(1, 1 + large, squeeze=False)[0]
     shares = confusion / confusion.sum(1, keepdims=True).clip(min=1)  # (n,n)
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    if n <= 200:  # more names could not be read
-        names, size = [short(name) for name in classes], 6 if large else 10
-        turn = {"rotation": 90} if large else {"rotation": 45, "ha": "right"}
-        axes.set_xticks(range(n), names, fontsize=size, parse_math=False, **turn)
-        axes.set_yticks(range(n), names, fontsize=size, parse_math=False)
-    if not large:
-        for row, column in np.argwhere(confusion):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, confusion[row, column], color=colour, ha="center", va="center")
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("truth")
-    axes.set_title(title)
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="prediction", ylabel="truth", title=title)
     figure.colorbar(shown, ax=axes, label="share of the class", fraction=0.02, pad=0.02)
+    if large:
+        rows = confusions(confusion, classes)[:20]
+        names = [f"{short(row['class'])} as {short(row['prediction'])}" for row in rows]
+        bars[0].barh(range(len(rows)), [row["images"] for row in rows], color=BLUE)
+        bars[0].set_yticks(range(len(rows)), names, parse_math=False)
+        bars[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        bars[0].invert_yaxis()
+        bars[0].set(xlabel="images", title="largest confusions")
+        return figure
+    names = [short(name) for name in classes]
+    axes.set_xticks(range(n), names, parse_math=False, rotation=45, ha="right")
+    axes.set_yticks(range(n), names, parse_math=False)
+    for row, column in np.argwhere(confusion):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, confusion[row, column], color=colour, ha="center", va="center")
     return figure
 
 
-def draw_images(images: Sequence[tuple[str, str]], figure: Figure | None = None) -> Figure:
-    """A grid of squares of (path, caption) each, on an empty figure or a new one."""
-    columns = min(4, len(images))
-    rows = -(-len(images) // columns)
-    side, size = (5, 11) if columns == 1 else (3, 9)  # one image gets a large panel
-    height = side + max(len(caption.splitlines()) for _, caption in images) * 1.4 * size / 72
+class Panel(NamedTuple):
+    """An image with what is said of it: the answer, whether that is right (None: nobody knows), and
+    lines in small print."""
+
+    path: str
+    answer: str
+    right: bool | None
+    details: list[str]
+
+
+def draw_images(panels: Sequence[Panel], figure: Figure | None = None) -> Figure:
+    """A grid of squares, on an empty figure or a new one."""
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    side = 5 if columns == 1 else 3  # inches; one image gets a large panel
+    height = side + 0.5 + 0.15 * max(len(panel.details) for panel in panels)
     figure = figure or Figure()
     figure.set_size_inches(side * columns, height * rows)
     figure.set_layout_engine("constrained")
-    for panel in figure.subplots(rows, columns, squeeze=False).flat:
-        panel.axis("off")
-    for panel, (path, caption) in zip(figure.axes, images, strict=False):
-        panel.imshow(ImageOps.fit(load_rgb(path), (400, 400)))
-        panel.set_title(caption, fontsize=size, parse_math=False)
+    for number, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.imshow(ImageOps.fit(load_rgb(panel.path), (400, 400)))
+        axes.set(xticks=[], yticks=[])
+        colour = {True: BLUE, False: ORANGE, None: "black"}[panel.right]
+        axes.spines[:].set(color=colour, linewidth=0 if panel.right is None else 3)
+        axes.set_title(panel.answer, fontsize=12, color=colour, weight="bold", parse_math=False)
+        lines = "\n".join([*panel.details, short(Path(panel.path).name, 40)])
+        axes.set_xlabel(lines, fontsize=7, parse_math=False)
     return figure
 
 
-def show_images(images: Sequence[tuple[str, str]]) -> None:
+def show_images(panels: Sequence[Panel]) -> None:
     """`draw_images` in a window until it is closed; RunError if there is no display."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure()
     if plt.get_backend().lower() == "agg":
         raise RunError("--show: use --save-plot FILE; there is no display here")
-    draw_images(images, figure)
+    draw_images(panels, figure)
     plt.show()
 
 

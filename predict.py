@@ -5,15 +5,16 @@
     python predict.py FOLDER --weights model.onnx --output result.csv
     python predict.py IMAGE --save-plot result.png
 
-Prints for each image its path and the most probable classes, best first. An image that cannot be
-read is named on stderr, the others are classified, and the exit code is 1.
+Prints the path of an image and its most probable classes, best first; of several images, a line
+each and a summary. An image that cannot be read is named on stderr, the others are classified, and
+the exit code is 1. From Python: inference.Classifier.
 """
 
 import argparse
 import json
 import os
+import time
 from collections import Counter
-from pathlib import Path
 
 import cli
 from cli import RunError, UsageError, notice, printable
@@ -28,8 +29,10 @@ def build_parser() -> cli.Parser:
         help="images, and folders in which to look for them, also below")
     cli.add_inference(parser.add_argument_group("network"))
     add = parser.add_argument_group("output").add_argument
-    add("--topk", type=cli.number(int, 1), default=5, metavar="K",
-        help="classes per image, at most as many as there are")
+    add("--topk", type=cli.number(int, 1), metavar="K",
+        help="classes per image, at most as many as there are (if omitted: 5, or 1 in a line)")
+    add("--unsure", type=cli.number(float, 0, 1), default=0.0, metavar="PROB",
+        help="mark answers that are less probable")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--output", metavar="FILE.csv", help="write a table, print nothing")
     add("--save-plot", metavar="FILE", help="draw the images with their classes")
@@ -51,41 +54,43 @@ def main(args: cli.Words = None) -> list[dict]:
 
     # Imports that take a while, so not before the paths are known to be right.
     from image import ImageError
-    from inference import open_network, stream
+    from inference import Classifier
 
     paths = _find(args.images)
-    # Class names come from the file, too.
-    network = open_network(weights, args.device, args.runtime, args.workers)
-    results, failed = [], 0
+    # The names of the classes come from the file, too.
+    classifier = Classifier(weights, args.device, args.runtime, args.workers)
+    cli.introduce(weights, classifier, f"; {classifier.computed_by}")
+    results, failed, start = [], 0, time.perf_counter()
     # An answer is logits float32 (classes,), or an ImageError.
-    for path, answer in stream(paths, network.run, network.preprocessing, args.workers):
+    answers = classifier.stream(paths, args.workers)
+    for path, answer in (
+        cli.progress(answers, "classifying", len(paths)) if args.output else answers
+    ):
         if isinstance(answer, ImageError):
             failed += 1
             notice(f"error: {answer}")
             continue
-        guesses = best_classes(answer, network.classes, args.topk)
-        results.append({"path": path, "predictions": guesses})
+        guesses = classifier.best_classes(answer, args.topk or 5)
+        unsure = {"unsure": guesses[0]["prob"] < args.unsure} if args.unsure else {}
+        results.append({"path": path, "predictions": guesses, "weights": str(weights)} | unsure)
         if not args.output:
-            cli.say(json.dumps(results[-1]) if args.json else _text(results[-1]))
+            text = _text(results[-1], args.topk, alone=len(paths) == 1)
+            cli.say(json.dumps(results[-1]) if args.json else text)
     if args.output:
         from files import save_rows
 
         save_rows([_row(**result) for result in results], args.output)
-        notice(f"{len(results)} images, {network.computed_by}, written to {args.output}")
+    if len(paths) > 1:
+        counts = Counter(result["predictions"][0]["class"] for result in results)
+        if args.unsure:
+            counts["unsure"] = sum(result["unsure"] for result in results)
+        parts = ", ".join(f"{name} {count}" for name, count in counts.most_common(20))
+        notice(f"{len(results)} images in {time.perf_counter() - start:.1f} s: {parts}")
     if results and (args.save_plot or args.show):
         _plot(results, args)
     if failed:
         raise RunError(f"{failed} of {len(paths)} images could not be read, named above")
     return results
-
-
-def best_classes(logits, classes: list[str], topk: int) -> list[dict]:
-    """[{"class": name, "prob": 0 to 1}, ...], the `topk` best first, of logits (classes,)."""
-    from metrics import softmax
-
-    probabilities = softmax(logits[None])[0]
-    order = (-probabilities).argsort(kind="stable")[:topk]
-    return [{"class": classes[i], "prob": float(probabilities[i])} for i in order]
 
 
 def _find(places: list[str]) -> list[str]:
@@ -101,17 +106,21 @@ def _find(places: list[str]) -> list[str]:
     return paths
 
 
-def _text(result: dict) -> str:
-    guesses = ((printable(g["class"]), g["prob"]) for g in result["predictions"])
-    lines = (f"class: {name:<10}   prob: {prob:.3f}" for name, prob in guesses)
-    return "\n".join([printable(result["path"]), *lines])
+def _text(result: dict, topk: int | None, alone: bool) -> str:
+    unsure = "   unsure" * result.get("unsure", False)
+    guesses = [(printable(g["class"]), g["prob"]) for g in result["predictions"]]
+    if alone:
+        lines = [f"class: {name:<10}   prob: {prob:.3f}" for name, prob in guesses]
+        return "\n".join([printable(result["path"]) + unsure, *lines])
+    answers = "  ".join(f"{name} {prob:.3f}" for name, prob in guesses[: topk or 1])
+    return f"{printable(result['path'])}  {answers}{unsure}"
 
 
-def _row(path: str, predictions: list[dict]) -> dict:
+def _row(path: str, predictions: list[dict], weights: str, **more) -> dict:
     cells = {"path": path}
     for rank, guess in enumerate(predictions, 1):
         cells |= {f"class_{rank}": guess["class"], f"prob_{rank}": round(guess["prob"], 6)}
-    return cells
+    return cells | more
 
 
 def _plot(results: list[dict], args: argparse.Namespace) -> None:
@@ -121,9 +130,11 @@ def _plot(results: list[dict], args: argparse.Namespace) -> None:
         notice(f"the plot shows the first {PANELS} of {len(results)} images")
     panels = []
     for result in results[:PANELS]:
-        guesses = [f"{plots.short(g['class'])}  {g['prob']:.3f}" for g in result["predictions"]]
-        name = plots.short(Path(result["path"]).name, 34)
-        panels.append((result["path"], "\n".join([name, *guesses])))
+        first, *others = (
+            f"{plots.short(g['class'])} {g['prob']:.3f}" for g in result["predictions"]
+        )
+        unsure = " (unsure)" * result.get("unsure", False)
+        panels.append(plots.Panel(result["path"], first + unsure, None, others))
     if args.save_plot:
         plots.save_figure(plots.draw_images(panels), args.save_plot)
     if args.show:

@@ -3,11 +3,13 @@
 `last.pth` holds beside what `best.pth` holds (checkpoint.py) what a run needs to be resumed:
 
     history     a row of figures per epoch; epoch 0 is `fc` alone, trained first
+    seconds     what each of these epochs took
     best        accuracy, loss, epoch and confusion matrix of the best epoch; or None
-    learning    state of optimizer and scaler, and of the head on cached features; or None
+    learning    state of the optimizer, and of the head on cached features; or None
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -19,9 +21,11 @@ import cli
 import plots
 from cli import UsageError, notice
 from files import save_json, save_rows
+from metrics import confusions
 
 # Options that say where and how fast a run goes, not what it computes.
-FREE = {"data_path", "workers", "device", "output_dir", "epochs"}
+FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs"}
+CHARTS = {name: ["Multiline", [f"{name}/train", f"{name}/val"]] for name in ("loss", "accuracy")}
 
 
 def load(path: Path, parser: cli.Parser, args: argparse.Namespace) -> tuple:
@@ -40,6 +44,9 @@ def load(path: Path, parser: cli.Parser, args: argparse.Namespace) -> tuple:
             raise UsageError(f"omit {flag}, or start a new run: {path} began with {began[name]}")
     if args.epochs != began["epochs"]:
         notice(f"--epochs {args.epochs}, was {began['epochs']}: the rates ahead change, too")
+    done, best = len(state["seconds"]), state["best"] or {"accuracy": 0, "epoch": 0}
+    record = f"best accuracy {best['accuracy']:.4f} in epoch {best['epoch']}"
+    notice(f"resuming {path.parent}: {done} of {args.epochs} epochs are done, {record}")
     return state, args
 
 
@@ -55,12 +62,15 @@ class Run:
             cli.refuse_run(folder)  # of a run that was faster
         self.folder, self.about = folder, about
         self.history: list[dict] = state["history"] if state else []
+        self.seconds: list[float] = state["seconds"] if state else []
         self.best: dict | None = state["best"] if state else None
+        self._drawn, self._drawing = time.monotonic(), 0.5  # when last, and how long it took
         save_json(about["args"], folder / "args.json")
         names = {str(index): name for index, name in enumerate(about["classes"])}
         save_json(names, folder / "class_indices.json")
-        save_rows(self.history, folder / "metrics.csv")  # a kill may have come before it
+        self._save_metrics()  # a kill may have come before it
         self._writer = SummaryWriter(folder, purge_step=self.epoch + 1)
+        self._writer.add_custom_scalars({"training and validation": CHARTS})
 
     @property
     def epoch(self) -> int:
@@ -69,13 +79,15 @@ class Run:
 
     def save_last(self, model: nn.Module, learning: dict | None) -> None:
         """Write last.pth."""
-        state = {"history": self.history, "best": self.best, "learning": learning}
+        state = {"history": self.history, "seconds": self.seconds, "best": self.best}
+        state["learning"] = learning
         checkpoint.save(self._usable(model) | state, self.folder / "last.pth")
 
     def record(self, row: dict, confusion, model: nn.Module, learning: dict | None) -> bool:
-        """Write what an epoch brought; `learning` is what optimizer, scaler and head need to go on.
+        """Write what an epoch brought; `learning` is what optimizer and head need to go on.
         Returns whether it is the best so far."""
-        row.pop("images_per_second", None)  # no two runs have the same
+        row = {name: value for name, value in row.items() if name != "images_per_second"}
+        self.seconds.append(row.pop("seconds"))  # apart, since no two runs have the same
         self.history.append(row)
         accuracy, loss = row["val_accuracy"], row["val_loss"]
         better = not self.best or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"])
@@ -85,13 +97,20 @@ class Run:
             # Before last.pth: killed between the two, the epoch is done again.
             checkpoint.save(self._usable(model), self.folder / "best.pth")
         self.save_last(model, learning)
-        save_rows(self.history, self.folder / "metrics.csv")
+        self._save_metrics()
         for name in ("loss", "accuracy"):
             for side in ("train", "val"):
                 self._writer.add_scalar(f"{name}/{side}", row[f"{side}_{name}"], row["epoch"])
         self._writer.add_scalar("learning_rate", row["lr"], row["epoch"])
         self._writer.flush()
+        if time.monotonic() - self._drawn > 20 * self._drawing:
+            self._draw()
         return better
+
+    def _save_metrics(self) -> None:
+        pairs = zip(self.history, self.seconds, strict=True)
+        rows = [row | {"seconds": round(seconds, 2)} for row, seconds in pairs]
+        save_rows(rows, self.folder / "metrics.csv")
 
     def _usable(self, model: nn.Module) -> dict:
         weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
@@ -103,10 +122,18 @@ class Run:
         return bool(patience and self.best and self.epoch - self.best["epoch"] >= patience)
 
     def finish(self) -> None:
-        """Close the events; draw curves.png, and confusion_matrix.png of the best epoch."""
+        """Close the events, and draw."""
         self._writer.close()
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw the curves, and the confusion matrix of the best epoch; list its confusions."""
+        start = time.monotonic()
         plots.save_figure(plots.draw_curves(self.history, self.best), self.folder / "curves.png")
         title = f"validation, epoch {self.best['epoch']}, accuracy {self.best['accuracy']:.3f}"
-        counts = self.best["confusion"].numpy()
-        figure = plots.draw_confusion_matrix(counts, self.about["classes"], title)
+        counts, classes = self.best["confusion"].numpy(), self.about["classes"]
+        save_rows(confusions(counts, classes), self.folder / "confusions.csv")
+        figure = plots.draw_confusion_matrix(counts, classes, title)
         plots.save_figure(figure, self.folder / "confusion_matrix.png")
+        self._drawn = time.monotonic()
+        self._drawing = self._drawn - start

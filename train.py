@@ -1,18 +1,21 @@
 """Train or fine-tune a ShuffleNet on a folder of images.
 
+    python train.py --data-path FOLDER --weights imagenet
     python train.py --data-path FOLDER --weights imagenet --freeze-layers
     python train.py --resume
 
 Writes to the output folder: last.pth (to resume), best.pth (to use), metrics.csv, curves.png,
-confusion_matrix.png, class_indices.json, args.json and TensorBoard events. Prints a line per epoch
-and, last, one JSON object.
+confusion_matrix.png, confusions.csv, class_indices.json, args.json and TensorBoard events. Prints a
+line per epoch and, last, one JSON object.
 """
 
 import argparse
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import cli
@@ -29,7 +32,7 @@ def build_parser() -> cli.Parser:
     add("--val-rate", type=cli.number(float, 1e-6, 0.99), default=0.2, metavar="SHARE",
         help="share of every class that is drawn for validation")
     add("-j", "--workers", type=cli.number(int, 0), default=min(max(1, cli.cores() - 1), 8),
-        metavar="N", help="processes that read images; 0 reads in the main process")
+        metavar="N", help="threads that read images beside training; 0 reads in between")
 
     network = parser.add_argument_group("network")
     add = network.add_argument
@@ -40,15 +43,19 @@ def build_parser() -> cli.Parser:
     cli.add_switch(network, "freeze-layers", "train only the last layer, fc")
     add("--cache-features", action=argparse.BooleanOptionalAction, default=True,
         help="with --freeze-layers: compute what fc sees of each image once, and keep it in .cache")
-    cli.add_switch(network, "fc-first", "train fc alone first, which else spoils the others")
-    cli.add_switch(network, "freeze-bn", "keep batch norm's statistics, scale and shift")
+    cli.add_switch(network, "fc-first", "train fc alone first, which would spoil the other layers "
+        "(if omitted: if --weights leave it new)", default=None)
+    cli.add_switch(network, "freeze-bn", "keep batch norm's statistics, scale and shift (if "
+        "omitted: with --fc-first)", default=None)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=30, metavar="N", help="passes over the data")
+    add("--epochs", type=count, metavar="N",
+        help="passes over the data (default: 30; after --fc-first 16)")
     add("-b", "--batch-size", type=count, metavar="N", help="(default: 16; cached features 64)")
     add("--lr", type=cli.number(float, 1e-30), metavar="RATE",
-        help="first learning rate (default: 0.01; cached features 0.03; after --fc-first 0.001)")
-    add("--lrf", type=share, default=0.1, metavar="SHARE", help="the rate falls towards lr * lrf")
+        help="first learning rate (default: 0.01; cached features 0.03; after --fc-first 0.003)")
+    add("--lrf", type=share, metavar="SHARE",
+        help="the rate falls towards lr * lrf (default: 0.1; after --fc-first 0.01)")
     add("--wd", "--weight-decay", dest="weight_decay", type=cli.number(float, 0), metavar="DECAY",
         help="weight decay of SGD (default: 4e-5; cached features 0.1)")
     add("--train-size", type=cli.number(int, 64, 1024), metavar="PIXELS",
@@ -60,10 +67,11 @@ def build_parser() -> cli.Parser:
         help="decides split, order, augmentation and fresh weights")
     add("--device", **cli.DEVICE)
     add("--amp", action=argparse.BooleanOptionalAction,
-        help="mixed precision (if omitted: on CUDA only)")
+        help="compute in bfloat16 (if omitted: on NVIDIA's GPUs that have it)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output-dir", metavar="DIR", help="folder of this run (if omitted: runs/DATE-MODEL)")
+    add("--output-dir", metavar="DIR", help="folder of this run (if omitted: runs/DATE-NAME)")
+    add("--name", metavar="NAME", help="what to call the run (if omitted: the model)")
     add("--resume", nargs="?", const="", metavar="FILE",
         help="go on from last.pth: FILE, or that of --output-dir, or of the newest run")
     # fmt: on
@@ -84,7 +92,7 @@ def main(args: cli.Words = None) -> dict:
     import folders
     import run as runs
     import utils
-    from files import locked
+    from files import locked, save_rows
     from image import default_preprocessing
     from model import VARIANTS, build_model
     from my_dataset import DeviceLoader, MyDataSet, eval_transform, train_transform
@@ -92,21 +100,17 @@ def main(args: cli.Words = None) -> dict:
     state = None
     if last:
         state, args = runs.load(last, build_parser(), args)
-    cached = args.freeze_layers and args.cache_features
-    defaults = {"lr": 0.001 if args.fc_first else 0.01, "weight_decay": 4e-5, "batch_size": 16}
-    for name, value in (vars(features.RECIPE) if cached else defaults).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     if args.model not in VARIANTS:
         raise UsageError(f"--model {args.model}: use one of {', '.join(VARIANTS)}")
     device = utils.choose_device(args.device)
-    amp = utils.amp_dtype(device, args.amp)
+    amp = utils.use_bfloat16(device, args.amp)
     torch.set_num_threads(min(torch.get_num_threads(), cli.cores()))
 
     # Data.
-    root = folders.prepare_data(args.data_path)
+    root = fetch(args)
+    parts = folders.find_parts(root)
     # As utils.read_split_data, with the names of the classes kept.
-    train_images, val_images = folders.split_images(root, args.val_rate, args.seed)
+    train_images, val_images, doubts = folders.split_images(root, args.val_rate, args.seed, parts)
     classes = list(train_images)  # {class: [paths]} -> [paths], [class indices]
     train = folders.with_labels(train_images, classes)
     val = folders.with_labels(val_images, classes)
@@ -122,22 +126,32 @@ def main(args: cli.Words = None) -> dict:
         if state["classes"] != classes:
             raise UsageError(f"{root}: the run was trained on other classes")
         checkpoint.load_weights(model, state["model"], last)
-    elif args.weights:
-        checkpoint.load_pretrained(model, args.model, args.weights, classes)
+    else:
+        new_fc = True
+        if args.weights:
+            new_fc = checkpoint.load_pretrained(model, args.model, args.weights, classes)
+        settle(args, new_fc)
+    if args.batch_size > len(train[0]):
+        notice(f"use a smaller --batch-size: {args.batch_size} makes an epoch a single step")
     if args.freeze_layers:
         utils.freeze_layers(model)
     if args.freeze_bn:
         utils.freeze_batch_norm(model)
     model.to(device, memory_format=utils.memory_format(device))
+    cached = args.freeze_layers and args.cache_features
 
     # Output.
-    output_dir = cli.make_folder(args.output_dir, args.model)
-    args.output_dir = str(output_dir)
+    output_dir = cli.make_folder(args.output_dir, args.name or args.model)
+    args.output_dir, args.data_path = str(output_dir), str(root.resolve())
     options = {name: value for name, value in vars(args).items() if name not in ("words", "resume")}
+    options |= {"data": folders.fingerprint(parts), "typed": shlex.join(args.words)}
+    options["date"] = f"{datetime.now():%Y-%m-%d %H:%M}"
     about = {"model_name": args.model, "classes": classes, "preprocessing": preprocessing}
     with locked(output_dir):
         run = runs.Run(output_dir, about | {"args": options}, state)
-        notice(f"writing to {output_dir}, training on {device}{f' in {amp}' if amp else ''}")
+        notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
+        if doubts:
+            save_rows(doubts, output_dir / "doubts.csv")
         if not state:
             run.save_last(model, None)  # so that there always is something to resume
 
@@ -161,22 +175,23 @@ def main(args: cli.Words = None) -> dict:
             train_set = MyDataSet(*train, train_transform(crop, args.random_erase), args.seed)
             val_set = MyDataSet(*val, eval_transform(preprocessing))
             rest = (device, preprocessing, args.batch_size, args.workers, bad)
-            loaders = DeviceLoader(train_set, *rest, shuffle=True), DeviceLoader(val_set, *rest)
+            loaders = DeviceLoader(train_set, *rest), DeviceLoader(val_set, *rest)
 
         if run.stalled(args.patience):  # as the run was before it was resumed
             args.epochs = run.epoch
-        steps = fit(learner, loaders, device, args, None if cached else amp, run.epoch, learning)
+        steps = fit(learner, loaders, device, args, amp and not cached, run.epoch, learning)
         for row, confusion, learning in steps:
             if cached:
                 learner.fold_into(model.fc)
                 learning["head"] = learner.state_dict()
-            rate = "" if cached else f"  {row['images_per_second']:.0f} img/s"
+            rate = "" if cached else f"{row['images_per_second']:.0f} img/s  "
+            left = timedelta(seconds=round(row["seconds"] * (args.epochs - row["epoch"])))
             better = run.record(row, confusion, model, learning)
             cli.say(
                 f"epoch {row['epoch']}/{args.epochs}  lr {row['lr']:.4g}  "
                 f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
-                f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}"
-                f"{rate}{'  best' if better else ''}"
+                f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}  "
+                f"{rate}{row['seconds']:.1f} s, {left} left{'  best' if better else ''}"
             )
             if run.stalled(args.patience):
                 notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
@@ -185,13 +200,15 @@ def main(args: cli.Words = None) -> dict:
 
     best = {"best_accuracy": run.best["accuracy"], "best_epoch": run.best["epoch"]}
     counts = {"epochs": run.epoch, "train_images": len(train[0]), "val_images": len(val[0])}
+    best_file = output_dir / "best.pth"
+    notice(f"{best_file} holds epoch {run.best['epoch']}; next: predict.py IMAGE, or eval.py")
     seconds = round(time.perf_counter() - start, 2)
     summary = best | counts | {"seconds": seconds, "output_dir": args.output_dir}
     cli.say(json.dumps(summary))
     return summary
 
 
-def fit(learner, loaders, device, options, amp=None, first=0, learning=None) -> Iterator[tuple]:
+def fit(learner, loaders, device, options, amp=False, first=0, learning=None) -> Iterator[tuple]:
     """Train the network, or the head on cached features, and validate it, epoch after epoch.
 
     `options` holds epochs, lr, lrf and weight_decay. `first` epochs are done, and `learning` is the
@@ -205,24 +222,60 @@ def fit(learner, loaders, device, options, amp=None, first=0, learning=None) -> 
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     decay = options.weight_decay
     optimizer = torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     if learning:
         optimizer.load_state_dict(learning["optimizer"])
-        if learning["scaler"]:  # of a GPU that needs one
-            scaler.load_state_dict(learning["scaler"])
     train_loader, val_loader = loaders
     for epoch in range(first, options.epochs):
         lr = cosine_lr(options.lr, options.lrf, epoch, options.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        row = {"epoch": epoch + 1, "lr": lr}
-        precision = {"amp": amp, "scaler": scaler}
-        train_one_epoch(learner, optimizer, train_loader, device, epoch, **precision, log=row)
+        row, start = {"epoch": epoch + 1, "lr": lr}, time.perf_counter()
+        train_one_epoch(learner, optimizer, train_loader, device, epoch, amp=amp, log=row)
         evaluate(learner, val_loader, device, log=row)
         if not math.isfinite(row["val_loss"]):
             raise RunError(f"use a smaller --lr: the loss is {row['val_loss']} in validation")
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        yield row, row.pop("confusion"), state
+        row["seconds"] = time.perf_counter() - start
+        yield row, row.pop("confusion"), {"optimizer": optimizer.state_dict()}
+
+
+def fetch(args: argparse.Namespace) -> Path:
+    """Download what is not there yet; returns the folder of the data. RunError names everything
+    that cannot be had."""
+    from checkpoint import imagenet_weights
+    from folders import prepare_data
+
+    missing = []
+    for wanted, get, name in (
+        (args.weights == "imagenet", imagenet_weights, args.model),
+        (True, prepare_data, args.data_path),
+    ):
+        try:
+            got = get(name) if wanted else None
+        except RunError as error:
+            missing.append(str(error))
+    if missing:
+        raise RunError("; and ".join(missing))
+    return got
+
+
+def settle(args: argparse.Namespace, new_fc: bool) -> None:
+    """Choose what was omitted, where it depends on what learns. A new `fc` on trained layers is
+    trained first: the gradients that it sends through them mean nothing yet."""
+    from features import RECIPE
+
+    if args.fc_first is None:
+        args.fc_first = bool(args.weights and new_fc and args.cache_features)
+        args.fc_first &= not args.freeze_layers
+    if args.freeze_bn is None:
+        args.freeze_bn = args.fc_first
+    values = {"epochs": 30, "lr": 0.01, "lrf": 0.1, "weight_decay": 4e-5, "batch_size": 16}
+    if args.fc_first:
+        values |= {"epochs": 16, "lr": 0.003, "lrf": 0.01}
+    if args.freeze_layers and args.cache_features:
+        values |= vars(RECIPE)
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check(args: argparse.Namespace) -> Path | None:
@@ -233,6 +286,8 @@ def check(args: argparse.Namespace) -> Path | None:
         last = Path(named or cli.newest_run("last.pth"))
         last = last / "last.pth" if last.is_dir() else last
         cli.require_path(last, "--resume")
+        if last.suffix != ".pth":
+            raise UsageError(f"--resume {last}: name the folder of a run, or its last.pth")
         if args.output_dir and Path(args.output_dir).resolve() != last.resolve().parent:
             raise UsageError(f"omit --output-dir {args.output_dir}: a run resumes in its folder")
         return last

@@ -2,21 +2,29 @@
 
 import math
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from cli import RunError, UsageError, progress
+from files import save_json
 from folders import split_images, with_labels
 from metrics import Tally
 
 
 def read_split_data(
-    root: str, val_rate: float = 0.2, seed: int = 0
+    root: str, val_rate: float = 0.2, seed: int = 0, class_indices: str | Path | None = None
 ) -> tuple[list[str], list[int], list[str], list[int]]:
-    """Training paths and class indices, validation paths and class indices, as `split_images`."""
-    train, val = split_images(root, val_rate, seed)
+    """Training paths and class indices, validation paths and class indices, as `split_images`.
+
+    `class_indices` names a file that gets the class names. Beside weights that are saved with
+    `torch.save(model.state_dict(), ...)` it has to be called class_indices.json.
+    """
+    train, val, _ = split_images(root, val_rate, seed)
+    if class_indices:
+        save_json(dict(enumerate(train)), class_indices)
     return *with_labels(train, list(train)), *with_labels(val, list(train))
 
 
@@ -39,14 +47,11 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def amp_dtype(device: torch.device, amp: bool | None) -> torch.dtype | None:
-    """What autocast computes in, None for plain float32; `amp` None asks for it on CUDA."""
-    if amp is None:
-        amp = device.type == "cuda"
-    if not amp:
-        return None
-    old_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if old_gpu else torch.bfloat16
+def use_bfloat16(device: torch.device, amp: bool | None) -> bool:
+    """Whether to compute in bfloat16: if asked for, or (None) on a GPU of NVIDIA that has it."""
+    if amp is None and device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(amp)
 
 
 def freeze_layers(model: nn.Module) -> None:
@@ -80,85 +85,65 @@ def cosine_lr(lr: float, lrf: float, epoch: int, epochs: int) -> float:
 def train_one_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data_loader: DataLoader,
+    data_loader: Iterable,
     device: torch.device,
     epoch: int,
     *,
-    amp: torch.dtype | None = None,
-    scaler: torch.amp.GradScaler | None = None,
+    amp: bool = False,
     log: dict | None = None,
 ) -> float:
     """Train once over the data; returns the mean loss. What is frozen stays in eval mode.
 
     Args:
         data_loader: (images (N, 3, H, W) normalised, classes (N,)).
-        epoch: counted from 0; decides the order where the loader's sampler has `set_epoch`.
-        amp: dtype of autocast, None for float32.
-        scaler: for float16; it keeps its scale from epoch to epoch.
+        epoch: counted from 0; decides the order where the loader has `set_epoch`.
+        amp: compute in bfloat16 where autocast does.
         log: gets "train_loss", "train_accuracy" (0 to 1) and "images_per_second".
 
     RunError if the loss is not finite, or no image can be read.
     """
     set_train_mode(model)
-    if hasattr(data_loader.sampler, "set_epoch"):
-        data_loader.sampler.set_epoch(epoch)
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    if hasattr(data_loader, "set_epoch"):
+        data_loader.set_epoch(epoch)
     loss_sum, correct = torch.zeros(2, device=device)
     images_seen, start = 0, time.perf_counter()
-    with progress(len(data_loader.dataset), f"epoch {epoch + 1}") as bar:
-        for step, (images, labels) in enumerate(data_loader):
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                logits = model(images)  # (N, classes)
-                loss = nn.functional.cross_entropy(logits, labels)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+    for images, labels in progress(data_loader, f"epoch {epoch + 1}"):
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            logits = model(images)  # (N, classes)
+            loss = nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
 
-            loss_sum += loss.detach() * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
-            images_seen += len(labels)
-            bar.update(len(labels))
-            if step % 10 == 0:  # reading a figure waits for the device
-                bar.set_postfix(loss=f"{_mean_loss(loss_sum, images_seen, optimizer):.3f}")
-    mean_loss = _mean_loss(loss_sum, images_seen, optimizer)
+        loss_sum += loss.detach() * len(labels)  # on the device: reading it would wait
+        correct += (logits.argmax(1) == labels).sum()
+        images_seen += len(labels)
+    if not images_seen:
+        raise RunError("no image to train on can be read")
+    mean_loss = loss_sum.item() / images_seen
+    if not math.isfinite(mean_loss):
+        lr = optimizer.param_groups[0]["lr"]
+        raise RunError(f"use a smaller --lr (now {lr:.3g}): the loss is {mean_loss}")
     if log is not None:
         log |= {"train_loss": mean_loss, "train_accuracy": correct.item() / images_seen}
         log["images_per_second"] = images_seen / max(time.perf_counter() - start, 1e-9)
     return mean_loss
 
 
-def _mean_loss(loss_sum: Tensor, images: int, optimizer: torch.optim.Optimizer) -> float:
-    """Raises RunError if there is none, or it is not finite."""
-    if not images:
-        raise RunError("no image to train on can be read")
-    mean = loss_sum.item() / images
-    if not math.isfinite(mean):
-        lr = optimizer.param_groups[0]["lr"]
-        raise RunError(f"use a smaller --lr (now {lr:.3g}): the loss is {mean}")
-    return mean
-
-
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
-    data_loader: DataLoader,
-    device: torch.device,
-    *,
-    log: dict | None = None,
+    model: nn.Module, data_loader: Iterable, device: torch.device, *, log: dict | None = None
 ) -> float:
     """Classify the data; returns the accuracy, 0 to 1. `log` gets "val_loss", "val_accuracy" and
     "confusion", int64 (classes, classes) by [truth, prediction]. RunError if no image can be read.
     """
     model.eval()
     tally = None
-    with progress(len(data_loader.dataset), "validation") as bar:
-        for images, labels in data_loader:
-            logits = model(images.to(device)).float()  # (N, classes)
-            tally = tally or Tally(logits.shape[1])
-            tally.add(logits.cpu().numpy(), labels.cpu().numpy())
-            bar.update(len(labels))
+    for images, labels in progress(data_loader, "validation"):
+        logits = model(images.to(device)).float()  # (N, classes)
+        tally = tally or Tally(logits.shape[1])
+        tally.add(logits.cpu().numpy(), labels.cpu().numpy())
     if tally is None:
         raise RunError("no image to validate on can be read")
     figures = tally.figures()

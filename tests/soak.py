@@ -8,6 +8,7 @@ done. What it leaves must then be the same to the bit: weights, optimizer, histo
 metrics.csv. The last line is one JSON object; the exit code is 1 if anything differs.
 """
 
+import csv
 import json
 import random
 import shutil
@@ -126,12 +127,19 @@ def finish(process: subprocess.Popen, folder: Path) -> bool:
 def compare(one: Path, two: Path) -> None:
     """Raise RunError unless two runs left the same, to the bit, but for their options."""
     for name in ("last.pth", "best.pth", "metrics.csv"):
-        read = Path.read_bytes if name == "metrics.csv" else torch.load
+        read = read_metrics if name == "metrics.csv" else torch.load
         a, b = read(one / name), read(two / name)
-        if name != "metrics.csv":
-            del a["args"], b["args"]
+        for each in (a, b):  # neither their options nor their seconds
+            if name != "metrics.csv":
+                each["args"] = each["seconds"] = None
         if where := difference(a, b, name):
             raise cli.RunError(f"{two.name} differs in {where}")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of metrics.csv without their seconds."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row | {"seconds": None} for row in csv.DictReader(file)]
 
 
 def difference(a: object, b: object, where: str) -> str:

@@ -13,7 +13,7 @@ import inference
 from checkpoint import load_trained
 from cli import RunError, UsageError
 from image import ImageError, load_rgb, resize_and_crop
-from inference import OPEN, open_network, stream, torch_run
+from inference import OPEN, Classifier, stream, torch_run
 from my_dataset import Normalize
 
 SIZES = {"resize": 40, "crop": 32}
@@ -26,12 +26,8 @@ def paths(flowers):
 
 
 @pytest.fixture(scope="module")
-def images(paths):
-    return np.stack([resize_and_crop(load_rgb(path), 256, 224) for path in paths[::2]])
-
-
-@pytest.fixture(scope="module")
-def expected(run_dir, images):
+def expected(run_dir, paths):
+    images = np.stack([resize_and_crop(load_rgb(path), 256, 224) for path in paths])
     trained = load_trained(run_dir / "best.pth")
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     return trained.model(Normalize(trained.preprocessing)(x)).detach().numpy()
@@ -43,28 +39,41 @@ def distance(found, expected):
 
 
 @runtimes
-def test_runtimes_compute_what_pytorch_computes(run_dir, onnx_file, images, expected, runtime):
-    network = open_network(onnx_file, runtime=runtime, threads=2)
-    for count in (1, 7, 20):
-        assert distance(network.run(images[:count]), expected[:count]) < 1e-5
-    assert network[1:4] == open_network(run_dir / "best.pth")[1:4]  # name, classes, preprocessing
-    assert network[4:] == ({"val_rate": 0.2, "seed": 0}, runtime)
+def test_runtimes_compute_what_pytorch_computes(run_dir, onnx_file, paths, expected, runtime):
+    exported = Classifier(onnx_file, runtime=runtime, threads=2)
+    trained = Classifier(run_dir / "best.pth", device="cpu")
+    for classifier in (exported, trained):
+        answers = np.stack([answer for _, answer in classifier.stream(paths, threads=2)])
+        assert distance(answers, expected) < 1e-5
+    for name in ("model_name", "classes", "preprocessing"):
+        assert getattr(exported, name) == getattr(trained, name)
+    kept = {name: trained.args[name] for name in ("val_rate", "seed", "data")}
+    assert (exported.args, trained.args["epochs"]) == (kept, 2)
+    assert (exported.computed_by, trained.computed_by) == (runtime, "PyTorch on cpu")
 
 
-def test_pytorch_computes_it_from_the_checkpoint(run_dir, images, expected):
-    network = open_network(run_dir / "best.pth", device="cpu")
-    assert distance(network.run(images), expected) < 1e-5
-    assert (network.computed_by, network.args["epochs"]) == ("PyTorch on cpu", 2)
+def test_a_classifier_is_a_function_of_an_image(run_dir, paths, expected):
+    classify = Classifier(run_dir / "best.pth")
+    with open(paths[0], "rb") as file:
+        best, second = classify(file, topk=2)
+    assert best == classify(paths[0])[0]
+    assert best["class"] == classify.classes[expected[0].argmax()]
+    assert best["prob"] == pytest.approx(torch.tensor(expected[0]).softmax(0).max().item())
+    assert best["prob"] > second["prob"]
+    with pytest.raises(ImageError, match="nowhere.jpg: No such file"):
+        classify("nowhere.jpg")
 
 
-def test_what_is_asked_for_must_be_there(onnx_file, monkeypatch):
+def test_what_is_asked_for_must_be_there(run_dir, onnx_file, monkeypatch):
     with pytest.raises(UsageError, match=r"--device cuda: use the \.pth"):
-        open_network(onnx_file, device="cuda")
+        Classifier(onnx_file, device="cuda")
     with pytest.raises(UsageError, match=r"--runtime openvino: give --weights an \.onnx"):
-        open_network("best.pth", runtime="openvino")
+        Classifier(run_dir / "best.pth", runtime="openvino")
+    with pytest.raises(UsageError, match=r"no\.onnx: no such file"):
+        Classifier("no.onnx")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(UsageError, match=r"pip install -r requirements-deploy\.txt: .*openvino"):
-        open_network(onnx_file, runtime="openvino")
+    with pytest.raises(ImportError, match="openvino"):
+        Classifier(onnx_file, runtime="openvino")
 
 
 CONTENTS = [0, 100, 50_000, b"no onnx file", {"classes": None}, {"preprocessing": "{"}]
@@ -82,7 +91,7 @@ def test_a_damaged_or_foreign_file_is_one_line(onnx_file, tmp_path, runtime, con
     data = content if isinstance(content, bytes) else model.SerializeToString()
     (tmp_path / "bad.onnx").write_bytes(data[: content if isinstance(content, int) else None])
     with pytest.raises(RunError, match="bad.onnx: (damaged, or no file|names 2 cl)") as caught:
-        open_network(tmp_path / "bad.onnx", runtime=runtime)
+        Classifier(tmp_path / "bad.onnx", runtime=runtime)
     assert "\n" not in str(caught.value)
 
 

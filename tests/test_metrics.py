@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from metrics import Tally, class_report, softmax
+from metrics import Tally, class_report, confusions, softmax
 
 
 @pytest.mark.parametrize("batch_size", [35, 4, 1])
@@ -42,3 +42,10 @@ def test_softmax_and_class_report_by_hand():
     assert a == {"class": "a", "images": 4, "precision": 3 / 5, "recall": 3 / 4, "f1": f1}
     assert (b["precision"], b["recall"]) == (4 / 5, 4 / 6)
     assert c == {"class": "c", "images": 0, "precision": None, "recall": None, "f1": None}
+
+
+def test_confusions_are_what_is_off_the_diagonal_most_images_first():
+    found = confusions(np.array([[5, 1, 0], [3, 4, 1], [0, 0, 9]]), ["a", "b", "c"])
+    rows = [tuple(row.values()) for row in found]
+    assert rows == [("b", "a", 3), ("a", "b", 1), ("b", "c", 1)]
+    assert list(found[0]) == ["class", "prediction", "images"]

@@ -1,7 +1,6 @@
 """Data set, transforms and loader, against the pipeline of torchvision and the tutorial."""
 
-import multiprocessing
-import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,14 @@ from torchvision import models, transforms
 from cli import RunError
 from folders import BadImages
 from image import IMAGENET_MEAN, IMAGENET_STD, ImageError, default_preprocessing
-from my_dataset import DeviceLoader, MyDataSet, Normalize, eval_transform, train_transform
+from my_dataset import (
+    DeviceLoader,
+    MyDataSet,
+    Normalize,
+    eval_transform,
+    random_box,
+    train_transform,
+)
 
 PHOTOS = sorted((Path(__file__).parents[2] / "shared/data/flower_photos").glob("*/*.jpg"))[::125]
 CPU = torch.device("cpu")
@@ -35,26 +41,31 @@ def paths(tmp_path):
     return [str(tmp_path / f"{i}.png") for i in range(7)]
 
 
-def loader_of(paths, *, seed=0, workers=0, shuffle=True, bad=None):
-    """Batches of three in which the class is the index of the image."""
-    transform = train_transform(SMALL["crop"]) if shuffle else eval_transform(SMALL)
+def loader_of(paths, *, seed=0, threads=0, bad=None):
+    """Batches of three in which the class is the index of the image; without a seed, validation."""
+    transform = eval_transform(SMALL) if seed is None else train_transform(SMALL["crop"])
     data = MyDataSet(paths, range(len(paths)), transform, seed)
-    return DeviceLoader(data, CPU, SMALL, 3, workers, bad, shuffle=shuffle)
+    return DeviceLoader(data, CPU, SMALL, 3, threads, bad)
 
 
 def epoch_of(loader, epoch):
-    loader.sampler.set_epoch(epoch)
+    loader.set_epoch(epoch)
     images, labels = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(labels).tolist()
+
+
+def as_images(pixels):
+    """Bytes (H, W, 3) to a batch of one."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 
 def test_the_data_set_is_used_as_the_tutorials(paths):
     image, label = MyDataSet(paths, [5, 4, 3, 2, 1, 0, 9])[2]
     assert (image.tobytes(), label) == (noise(60, 70, 2).tobytes(), 3)
-    data = MyDataSet(images_path=paths, images_class=range(7), transform=eval_transform(SMALL))
+    steps = transforms.Compose([transforms.CenterCrop(32), *OF_TORCHVISION])
+    data = MyDataSet(images_path=paths, images_class=range(7), transform=steps)
     images, labels = MyDataSet.collate_fn([data[3], data[1]])
-    assert (images.shape, images.dtype) == ((2, 3, 32, 32), torch.uint8)
-    assert torch.equal(images[1], data[1][0])
+    assert torch.equal(images, torch.stack([steps(noise(70, 60, 3)), steps(noise(50, 80, 1))]))
     assert torch.equal(labels, torch.tensor([3, 1]))
     with pytest.raises(ValueError, match="7 images but 6 classes"):
         MyDataSet(paths, [0] * 6)
@@ -87,66 +98,73 @@ def test_evaluation_prepares_images_as_the_published_weights_want_them(width):
     limit = 2.01 / 255 / min(IMAGENET_STD)  # of noise; of photos half, which test_image.py sees
     for image in [noise(300, 241), noise(199, 433), *map(Image.open, PHOTOS)]:
         ours = eval_transform(preprocessing)(image)
-        assert (ours.shape, ours.dtype) == ((3, 224, 224), torch.uint8)
-        assert (Normalize(preprocessing)(ours[None])[0] - theirs(image)).abs().max() < limit
+        assert (ours.shape, ours.dtype) == ((224, 224, 3), np.uint8)
+        assert (Normalize(preprocessing)(as_images(ours))[0] - theirs(image)).abs().max() < limit
 
 
-def test_training_augments_as_the_tutorial_does():
-    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *OF_TORCHVISION]
-    for seed in range(6):
-        image = noise(300, 241, seed)
-        torch.manual_seed(seed)
-        expected = transforms.Compose(steps)(image)
-        torch.manual_seed(seed)
-        assert torch.equal(Normalize(SMALL)(train_transform(224)(image)[None])[0], expected)
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (64, 64), (2000, 20), (1, 90)])
+def test_crops_are_drawn_as_torchvision_draws_them(width, height):
+    """Area, aspect and place: the same distributions, by their means and quartiles."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    image, kinds = torch.empty(3, height, width), []
+    crop = transforms.RandomResizedCrop(32)
+    theirs = [crop.get_params(image, crop.scale, crop.ratio) for _ in range(3000)]
+    theirs = [(left, top, left + w, top + h) for top, left, h, w in theirs]
+    ours = [random_box(width, height, (0.08, 1), 4 / 3, rng) for _ in range(3000)]
+    for boxes in (ours, theirs):
+        left, top, right, bottom = np.array(boxes).T
+        for first, last, end in ((left, right, width), (top, bottom, height)):
+            assert ((first >= 0) & (first < last) & (last <= end)).all()
+        w, h = (right - left) / width, (bottom - top) / height
+        figures = (w * h, w / h, left / width, top / height)
+        kinds.append([(f.mean(), *np.quantile(f, [0.25, 0.5, 0.75])) for f in figures])
+    assert np.array(kinds[0]) == pytest.approx(np.array(kinds[1]), rel=0.08, abs=0.03)
+
+
+def test_a_crop_is_resized_as_torchvision_resizes_it_and_mirrored_half_the_time():
+    image, mirrored = noise(300, 241), 0
+    for seed in range(100):
+        box = random_box(*image.size, (0.08, 1), 4 / 3, random.Random(seed))
+        ours = train_transform(64)(image, random.Random(seed)).astype(int)
+        crop = image.crop(box).resize((64, 64), Image.Resampling.BILINEAR)
+        straight = np.array(crop).astype(int)
+        difference = [abs(ours - each)[1:-1, 1:-1].max() for each in (straight, straight[:, ::-1])]
+        assert min(difference) <= 1  # at the edges ours sees what lies beside the crop
+        mirrored += difference[1] <= 1
+    assert 35 < mirrored < 65
 
 
 def test_random_erase_hides_a_rectangle_in_its_share_of_images():
     white, hidden = Image.new("RGB", (80, 80), "white"), 0
-    torch.manual_seed(0)
-    for _ in range(400):
-        image = train_transform(64, random_erase=0.25)(white)
-        rows, columns = (image[0] != 255).nonzero(as_tuple=True)
+    for seed in range(400):
+        pixels = train_transform(64, random_erase=0.25)(white, random.Random(seed))
+        rows, columns = (pixels[..., 0] != 255).nonzero()
         if len(rows):
             hidden += 1
-            box = image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-            assert (box == torch.tensor([124, 116, 104]).view(3, 1, 1)).all()
-            assert 0.01 < box[0].numel() / 64**2 < 0.34
+            box = pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert (box == [124, 116, 104]).all()
+            assert 0.01 < box[..., 0].size / 64**2 < 0.34
     assert 70 < hidden < 130  # 100, and 3.5 of their spread
 
 
-@pytest.mark.parametrize("seed", [0, None])
-def test_the_seed_or_else_the_global_random_state_decides(paths, seed):
-    data = MyDataSet(paths, [0] * 7, train_transform(32), seed)
-    torch.manual_seed(5)
-    first, drawn = data[0][0], torch.rand(3)
-    assert torch.equal(data[0][0], first) == (seed == 0)
-    torch.manual_seed(5)
-    assert torch.equal(torch.rand(3), drawn) == (seed == 0)  # which is left alone
-    torch.manual_seed(5)
-    assert torch.equal(data[0][0], first)
-
-
 def test_augmentation_differs_between_images_epochs_and_seeds(paths):
-    sets = [MyDataSet([paths[0]] * 2, [0, 0], train_transform(32), seed) for seed in (0, 1, -1)]
-    items = [data[epoch, index][0] for data in sets for epoch in (0, 1) for index in (0, 1)]
-    assert len({item.numpy().tobytes() for item in items}) == 12
+    seen = set()
+    for seed in (0, 1, -1):
+        data = MyDataSet([paths[0]] * 2, [0, 0], train_transform(32), seed)
+        for data.epoch in (0, 1):
+            items = [data[index][0].tobytes() for index in (0, 1)]
+            assert items == [data[index][0].tobytes() for index in (0, 1)]
+            seen.update(items)
+    assert len(seen) == 12
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(paths, workers):
-    loader, plain = loader_of(paths, workers=workers), loader_of(paths)
-    pickle.dumps([loader.dataset, loader.collate_fn, loader.worker_init_fn])  # to be spawned
-    for epoch in (0, 1, 5):  # workers that live on learn of it
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(paths, threads):
+    loader, plain = loader_of(paths, threads=threads), loader_of(paths)
+    for epoch in (0, 1, 5):
         (images, labels), (expected, same_labels) = epoch_of(loader, epoch), epoch_of(plain, epoch)
         assert (labels, images.tolist()) == (same_labels, expected.tolist())
-
-
-def test_workers_of_validation_end_with_it_those_of_training_stay(paths):
-    for shuffle in (False, True):
-        loader = loader_of(paths, workers=1, shuffle=shuffle)
-        list(loader)
-        assert len(multiprocessing.active_children()) == shuffle
 
 
 def test_an_epoch_repeats_and_another_epoch_or_seed_differs(paths):
@@ -163,23 +181,25 @@ def test_an_epoch_repeats_and_another_epoch_or_seed_differs(paths):
 
 
 def test_validation_comes_in_order_and_the_last_batch_is_smaller(paths):
-    loader = loader_of(paths, shuffle=False)
+    loader = loader_of(paths, seed=None)
+    assert len(loader) == 3
     assert [images.shape for images, _ in loader] == [(n, 3, 32, 32) for n in (3, 3, 1)]
     images, labels = epoch_of(loader, 1)
     assert labels == list(range(7))
-    data = loader.dataset.dataset
-    assert torch.equal(images, Normalize(SMALL)(torch.stack([data[i][0] for i in range(7)])))
+    data = loader.dataset
+    assert torch.equal(images, Normalize(SMALL)(torch.cat([as_images(data[i][0]) for i in labels])))
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_images_that_cannot_be_read_are_missing_from_their_batch(paths, capsys, workers):
+@pytest.mark.parametrize("threads", [0, 1])
+def test_images_that_cannot_be_read_are_missing_from_their_batch(paths, capsys, threads):
     for path in paths[2:6]:  # of the second batch, all
         Path(path).write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"2\.png: not an image"):
         MyDataSet(paths, range(7))[2]
-    loader = loader_of(paths, workers=workers, shuffle=False, bad=BadImages(40))
+    loader = loader_of(paths, seed=None, threads=threads, bad=BadImages(40))
     for _ in range(2):
         assert [labels.tolist() for _, labels in loader] == [[0, 1], [6]]
     assert capsys.readouterr().err.count("skipped: ") == 4
     with pytest.raises(RunError, match="2 of 7 images cannot be read"):
-        list(loader_of(paths, workers=workers))
+        list(loader_of(paths, threads=threads))

@@ -26,9 +26,9 @@ V1, V2 = "shufflenet_v1_x0_25_g3", "shufflenet_v2_x0_5"
 
 @pytest.fixture
 def loader(flowers):
-    train, _ = split_images(flowers, 0.25, 0)
+    train = split_images(flowers, 0.25, 0).train
     dataset = MyDataSet(*with_labels(train, list(train)), train_transform(64), seed=0)
-    return DeviceLoader(dataset, CPU, default_preprocessing(V2), batch_size=8, shuffle=True)
+    return DeviceLoader(dataset, CPU, default_preprocessing(V2), batch_size=8)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_an_epoch_is_the_plain_loop_written_out_and_evaluation_changes_nothing(n
 
     optimizer, losses, correct = sgd(plain), 0.0, 0
     plain.train()
-    loader.sampler.set_epoch(3)
+    loader.set_epoch(3)
     for images, labels in loader:
         logits = plain(images)
         loss = nn.functional.cross_entropy(logits, labels)
@@ -109,10 +109,10 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_all_else_does(name, frozen, l
 def test_amp_trains_in_bfloat16_on_the_cpu(network, loader):
     seen = set()
     network.conv5.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
-    amp = utils.amp_dtype(CPU, True)
-    assert math.isfinite(utils.train_one_epoch(network, sgd(network), loader, CPU, 0, amp=amp))
+    assert math.isfinite(utils.train_one_epoch(network, sgd(network), loader, CPU, 0, amp=True))
     assert seen == {torch.bfloat16}
-    assert utils.amp_dtype(CPU, None) is utils.amp_dtype(CPU, False) is None
+    chosen = [utils.use_bfloat16(CPU, amp) for amp in (None, False, True)]
+    assert chosen == [False, False, True]
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_hint(network, loader):

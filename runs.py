@@ -1,0 +1,34 @@
+"""List training runs, oldest first: date, best accuracy, epochs, folder, data, options typed.
+
+python runs.py [FOLDER]
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import cli
+
+
+def main(args: cli.Words = None) -> list[dict]:
+    """Print a line per run below a folder; returns what the lines say."""
+    parser = cli.Parser(description="List training runs, oldest first.")
+    parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="of runs")
+    folder = cli.parse(parser, args).folder
+    cli.require_path(folder, "FOLDER", folder=True)
+    runs = []
+    for file in Path(folder).glob("*/args.json"):
+        options = json.loads(file.read_text(encoding="utf-8"))
+        with open(file.with_name("metrics.csv"), encoding="utf-8", newline="") as table:
+            rows = list(csv.DictReader(table))
+        best = max((round(float(row["val_accuracy"]), 4) for row in rows), default=None)
+        run = {"date": options["date"], "best_accuracy": best}
+        run |= {"epochs": rows[-1]["epoch"] if rows else 0, "run": str(file.parent)}
+        runs.append(run | {"data": options["data_path"], "options": options["typed"]})
+    for run in sorted(runs, key=lambda run: run["date"]):
+        cli.say(cli.printable("  ".join(map(str, run.values()))))
+    return runs
+
+
+if __name__ == "__main__":
+    cli.run(main)
