@@ -13,9 +13,10 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -39,7 +40,24 @@ def printable(text: object) -> str:
 
 def notice(text: str) -> None:
     """Print one line for the reader to stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    with _stderr:
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+_stderr = threading.Lock()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Discard what a C library writes to stderr by itself; `notice` waits meanwhile."""
+    with _stderr, open(os.devnull, "wb") as null:
+        kept = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 say = functools.partial(print, flush=True)  # a result, to stdout

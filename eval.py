@@ -63,6 +63,8 @@ def main(args: cli.Words = None) -> dict:
     split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
     if split == "all":
         images = folders.all_images(parts)
+    elif len(parts) == 2:
+        images = parts[split == "val"]
     else:
         val_rate, seed = network.args.get("val_rate") or 0.2, network.args.get("seed") or 0
         images = getattr(folders.split_images(root, val_rate, seed, parts), split)

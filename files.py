@@ -5,7 +5,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,8 +17,8 @@ UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that takes the place of `path` in one step when the block ends well, on the disk
-    and not only in memory; until then, and if it fails, `path` stays as it was."""
+    """Open a file that takes the place of `path` in one step when the block ends well and all of it
+    is on the disk; until then, and if it fails, `path` stays as it was."""
     path = Path(path).resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -27,10 +27,6 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with suppress(OSError):  # the name, too, where the system can
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except OSError as error:
         error.filename = str(path)  # a full disk does not say where
         raise
@@ -46,7 +42,6 @@ def locked(folder: Path) -> Iterator[None]:
             if os.name == "posix":
                 import fcntl
 
-                # Not flock, which the workers of a killed run would hold on to for seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 import msvcrt

@@ -10,13 +10,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from cli import printable
+from cli import printable, silence
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -53,7 +53,8 @@ def load_rgb(path: str | Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a quarter of a GiB as RGB
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            image.load()
+            with silence() if image.format == "TIFF" else nullcontext():  # libtiff is talkative
+                image.load()
             with suppress(Exception):  # damaged EXIF: the pixels are still good
                 ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)

@@ -46,7 +46,7 @@ def draw_curves(history: Sequence[dict], best: dict) -> Figure:
             axes.plot(epochs, values, style, marker="o", markersize=3, label=side)
         if history[0]["epoch"] == 0:
             axes.plot([0], [history[0][f"val_{name}"]], "k*", label="val, fc alone")
-        axes.axvline(best["epoch"], color="grey", linewidth=0.8, linestyle=":", label="best epoch")
+        axes.axvline(best["epoch"], color="0.4", linestyle=":", label="best epoch")
         axes.set_xlabel("epoch")
         axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -115,7 +115,7 @@ def draw_images(panels: Sequence[Panel], figure: Figure | None = None) -> Figure
         axes.spines[:].set(color=colour, linewidth=0 if panel.right is None else 3)
         axes.set_title(panel.answer, fontsize=12, color=colour, weight="bold", parse_math=False)
         lines = "\n".join([*panel.details, short(Path(panel.path).name, 40)])
-        axes.set_xlabel(lines, fontsize=7, parse_math=False)
+        axes.set_xlabel(lines, fontsize=8, parse_math=False)
     return figure
 
 

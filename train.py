@@ -239,23 +239,21 @@ def fit(learner, loaders, device, options, amp=False, first=0, learning=None) ->
 
 
 def fetch(args: argparse.Namespace) -> Path:
-    """Download what is not there yet; returns the folder of the data. RunError names everything
-    that cannot be had."""
+    """Download what is not there yet; returns the folder of the data. RunError says all that cannot
+    be had."""
     from checkpoint import imagenet_weights
     from folders import prepare_data
 
-    missing = []
-    for wanted, get, name in (
-        (args.weights == "imagenet", imagenet_weights, args.model),
-        (True, prepare_data, args.data_path),
-    ):
+    errors, wanted = [], [(prepare_data, args.data_path)]
+    wanted += [(imagenet_weights, args.model)] * (args.weights == "imagenet")
+    for get, name in wanted:
         try:
-            got = get(name) if wanted else None
+            get(name)
         except RunError as error:
-            missing.append(str(error))
-    if missing:
-        raise RunError("; and ".join(missing))
-    return got
+            errors.append(str(error))
+    if errors:
+        raise RunError("; and ".join(errors))
+    return Path(args.data_path)
 
 
 def settle(args: argparse.Namespace, new_fc: bool) -> None:

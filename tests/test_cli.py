@@ -88,6 +88,20 @@ def test_errors_become_one_line_and_their_exit_code(capsys, error, code, line):
     assert (out, err[: len(line)], err.count("\n")) == ("", line, 1)
 
 
+def test_progress_in_a_log_is_a_line_every_ten_seconds(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    assert list(cli.progress(iter(range(11)), "reading", 11)) == list(range(11))
+    assert capsys.readouterr().err == "reading: 3 of 11\nreading: 7 of 11\n"
+
+
+def test_a_library_is_silenced_and_a_notice_is_not(capfd):
+    with cli.silence():
+        os.write(2, b"TIFFReadDirectory: Warning")
+    cli.notice("heard")
+    assert capfd.readouterr().err == "heard\n"
+
+
 def run(code, **options):
     words = [sys.executable, "-c", f"import cli\n{code}\ncli.run(main)"]
     return subprocess.Popen(words, cwd=ROOT, stdout=-1, stderr=-1, **options)

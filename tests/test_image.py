@@ -183,6 +183,15 @@ def test_whatever_is_damaged_there_is_an_image_or_one_line(tmp_path, kind):
     assert images
 
 
+def test_a_damaged_tiff_is_one_line_without_words_of_its_library(tmp_path, capfd):
+    noise(200, 200).save(tmp_path / "a.tif", compression="tiff_lzw")
+    data = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(data[:5000] + bytes(50) + data[5050:])
+    with pytest.raises(ImageError, match="a.tif: "):
+        load_rgb(tmp_path / "a.tif")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_photo_with_a_video_behind_it_is_read(tmp_path):
     """A random tail of this size holds about 100 times the bytes that begin a scan."""
     (tmp_path / "phone.jpg").write_bytes(FILES["JPEG"] + random.Random(0).randbytes(8_000_000))

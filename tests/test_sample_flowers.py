@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import sample_flowers
 from PIL import Image
 from sample_flowers import draw_sample_flowers
@@ -30,16 +31,11 @@ def test_it_has_the_classes_and_layout_of_the_data_set_and_the_seed_decides(tmp_
     assert len(set(images)) == 20  # all differ
 
 
-def test_a_folder_that_exists_or_appears_meanwhile_is_left_alone(tmp_path, monkeypatch):
-    root, draw_picture = tmp_path / "sample", sample_flowers.draw_picture
-
-    def draw_slowly(name, rng, size):
-        root.mkdir(exist_ok=True)  # as by another process
-        (root / "theirs.txt").write_text("keep")
-        return draw_picture(name, rng, size)
-
-    monkeypatch.setattr(sample_flowers, "draw_picture", draw_slowly)
-    assert draw(root) == {"theirs.txt": b"keep"}
-    assert list(tmp_path.iterdir()) == [root]
-    monkeypatch.delattr(sample_flowers, "draw_picture")  # nothing is drawn at all
-    assert draw(root) == {"theirs.txt": b"keep"}
+def test_it_appears_whole_or_not_at_all_and_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_flowers, "RINGS", {"daisy": sample_flowers.RINGS["daisy"], "no": 0})
+    with pytest.raises(TypeError):  # after the daisies
+        draw(tmp_path / "sample")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("keep")
+    assert draw(tmp_path / "theirs") == {"notes.txt": b"keep"}

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import eval as evaluation
 import export
 import predict
 import run
+import runs
 import train
 from cli import RunError, UsageError
 from folders import BadImages
@@ -75,6 +78,18 @@ def test_a_checkpoint_stands_alone_and_the_optimizer_is_sgd(run_dir):
     stem = optimizer["state"][0]["momentum_buffer"]
     assert stem.is_contiguous(memory_format=torch.channels_last)  # what training computes in
     assert all(value.is_contiguous() for value in file["model"].values())
+
+
+def test_curves_are_drawn_while_a_run_goes_on(run_dir, tmp_path):
+    state, now = load(run_dir, "last.pth"), time.monotonic()
+    about = {name: state[name] for name in ("model_name", "classes", "preprocessing", "args")}
+    (tmp_path / "new").mkdir()
+    record = run.Run(tmp_path / "new", about, state)
+    for seconds in (5, 60):  # since the last drawing, which is taken to cost half a second
+        record._drawn = now - seconds
+        row = state["history"][-1] | {"epoch": seconds, "seconds": 1.0}
+        record.record(row, np.eye(5, dtype=int), torch.nn.Linear(1, 1), None)
+        assert (tmp_path / "new" / "curves.png").exists() == (seconds == 60)
 
 
 def test_main_takes_parsed_options_too_and_prints_the_summary_last(flowers, tmp_path, capsys):
@@ -135,6 +150,46 @@ def test_fc_first_trains_fc_and_then_all(flowers, tmp_path, torchvision_file, ca
     assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
 
 
+def test_fc_comes_first_where_it_is_new_on_weights(flowers, tmp_path, torchvision_file, run_dir):
+    best = run_dir / "best.pth"  # of the same classes
+    for name, words, expected in (
+        ("a", ["--weights", torchvision_file], (True, True, 0.003, 0.01)),
+        ("b", ["--weights", torchvision_file, "--no-fc-first", "--lr", 1], (False, False, 1, 0.1)),
+        ("c", ["--weights", torchvision_file, "--no-freeze-bn"], (True, False, 0.003, 0.01)),
+        ("d", ["--weights", best], (False, False, 0.01, 0.1)),
+        ("e", [], (False, False, 0.01, 0.1)),
+    ):
+        with suppress(RunError):  # such a rate is too high
+            train.main(small(flowers, tmp_path / name, *words, "--epochs", 1))
+        args = json.loads((tmp_path / name / "args.json").read_text())
+        found = tuple(args[option] for option in ("fc_first", "freeze_bn", "lr", "lrf"))
+        assert found == expected, name
+
+
+def test_runs_are_named_and_listed_with_the_images_to_doubt(flowers, tmp_path, capsys):
+    data = shutil.copytree(flowers, tmp_path / "data")
+    shutil.copy(data / "roses" / "roses_001.jpg", data / "tulips" / "copy.jpg")
+    words = small(data, None, "--epochs", 1, "--name", "trial", "--batch-size", 50)
+    summary = train.main([word for word in words if word not in ("--output-dir", None)])
+    (folder,) = tmp_path.glob("runs/*-trial")
+    rows = table(folder, "doubts.csv")
+    assert [row["class"] for row in rows] == ["roses", "tulips"]
+    assert {row["problem"] for row in rows} == {"the same image in two classes"}
+    assert "use a smaller --batch-size: 50 makes an epoch a single" in capsys.readouterr().err
+    ((date, best, epochs, place, where, typed),) = (listed.values() for listed in runs.main([]))
+    assert (place, best) == (f"runs/{folder.name}", summary["best_accuracy"])
+    assert (epochs, where) == ("1", str(data))
+    assert typed.startswith(f"--data-path {data} --model shufflenet_v2_x0_5 ")
+    assert capsys.readouterr().out.startswith(f"{date}  {best}  1  runs/")
+
+
+def test_all_that_cannot_be_had_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(RunError, match=r"flower_photos.tgz and put .*; and fetch .*x1-5666bf0f80"):
+        train.main(["--weights", "imagenet"])
+
+
 def test_typed_options_win_over_those_of_cached_features(flowers, tmp_path, torchvision_file):
     frozen = ["--weights", torchvision_file, "--freeze-layers", "--epochs", 1]
     for name, more, expected in (
@@ -155,7 +210,11 @@ def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run
     assert "--epochs" not in capsys.readouterr().err
     summary = train.main(["--resume", "--output-dir", folder, "--epochs", 3])
     assert (summary["epochs"], summary["output_dir"]) == (3, str(folder))
-    assert "--epochs 3, was 2: the rates ahead change, too" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--epochs 3, was 2: the rates ahead change, too" in err
+    best = load(run_dir, "last.pth")["best"]
+    said = f"best accuracy {best['accuracy']:.4f} in epoch {best['epoch']}"
+    assert f"resuming {folder}: 2 of 3 epochs are done, {said}" in err
     steps = [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss/val")]
     assert steps == [1, 2, 3]
     with pytest.raises(UsageError, match="name the last.pth of a run; this is another file"):
@@ -223,6 +282,7 @@ MISTAKES = [
     ("train.py --data-path . --weights no.pth", "--weights no.pth: no such file"),
     ("train.py --data-path .", ". holds no class folders with images"),
     ("train.py --resume", "there is no runs/./last.pth here"),
+    ("train.py --resume file", "--resume file: name the folder of a run, or its last.pth"),
     ("train.py --data-path . --model x", "--model x: use one of .*shufflenet_v2_x1_0"),
     ("train.py --data-path . --device cuda:99", "--device cuda:99: use .*cpu"),
     ("train.py --data-path FLOWERS --output-dir file/x", "name another --output-dir: file/x"),
@@ -236,6 +296,7 @@ MISTAKES = [
     ("predict.py . --weights file", ".: no images in it, by their suffix"),
     ("predict.py file --weights file --save-plot x.txt", "the suffix must be .png or .jpg"),
     ("predict.py file --weights file --output no/x.csv", "--output no: no such folder"),
+    ("predict.py file --weights file --output d.csv", "--output d.csv: name another place: Is a"),
     ("export.py --weights no.pth", "--weights no.pth: no such file"),
 ]
 
@@ -243,6 +304,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_is_found_before_the_work(flowers, run_dir, tmp_path, command, message):
     (tmp_path / "file").touch(mode=0o777)  # as folders are
+    (tmp_path / "d.csv").mkdir()
     names = {"FLOWERS": flowers, "RUN": run_dir, "V1": "shufflenet_v1_x1_0_g3"}
     script, *words = command.split()
     with pytest.raises(UsageError, match=message) as caught:
@@ -290,6 +352,21 @@ def test_mistakes_are_those_of_the_answers_largest_loss_first(flowers):
     assert [row["prob"] for row in mistakes] == pytest.approx([0.99, 0.75])
     assert [row["prob_of_class"] for row in mistakes] == pytest.approx([0.01, 0.25])
     assert [row["loss"] for row in mistakes] == pytest.approx(-np.log([0.01, 0.25]), rel=1e-5)
+
+
+def test_eval_takes_the_validation_part_of_what_the_run_saw_and_all_of_another(
+    flowers, run_dir, tmp_path, capsys
+):
+    shutil.copytree(flowers, tmp_path / "moved")
+    shutil.copytree(flowers / "roses", tmp_path / "other" / "roses")
+    for side in ("train", "val"):
+        shutil.copytree(flowers / "tulips", tmp_path / "parts" / side / "tulips")
+    for place, split, images in (("moved", "val", 5), ("other", "all", 8), ("parts", "val", 8)):
+        result = evaluation.main(["--data-path", place, "--weights", run_dir / "best.pth"])
+        assert (result["split"], result["images"]) == (split, images)
+        whose = "" if place == "moved" else "not "
+        said = f"{place}: {split}, {images} images; {whose}the files that the run was trained on\n"
+        assert said in capsys.readouterr().err
 
 
 def test_eval_prints_a_table_and_leaves_files(flowers, run_dir, capsys):
@@ -351,6 +428,25 @@ def test_predict_prints_path_then_classes_best_first(flowers, tmp_path, run_dir,
     probabilities = [guess["prob"] for guess in guesses]
     assert probabilities == sorted(probabilities, reverse=True)
     assert (len(guesses), sum(probabilities)) == (5, pytest.approx(1))
+
+
+def test_predict_prints_a_line_for_each_of_several_images_and_a_summary(flowers, run_dir, capsys):
+    places = [flowers / "roses", flowers / "tulips" / "tulips_000.jpg"]
+    words = [*places, "--weights", run_dir / "best.pth", "--unsure", 0.5]
+    results = predict.main(words)
+    out, err = capsys.readouterr()
+    for line, result in zip(out.splitlines(), results, strict=True):
+        guess = result["predictions"][0]
+        assert result["unsure"] == (guess["prob"] < 0.5)
+        unsure = "   unsure" * result["unsure"]
+        assert line == f"{result['path']}  {guess['class']} {guess['prob']:.3f}{unsure}"
+    first, last = err.splitlines()
+    assert first.startswith(f"{run_dir}/best.pth: shufflenet_v2_x0_5, 5 classes (daisy, dandel")
+    assert first.endswith("), resize 256, crop 224; PyTorch on cpu")
+    assert last.startswith("9 images in ")
+    assert f"unsure {sum(result['unsure'] for result in results)}" in last
+    predict.main([*words, "--topk", 2])
+    assert all(line.count("0.") >= 2 for line in capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -1,171 +1,227 @@
 """Measure this repository against torchvision and the plain way (baseline.py), on the CPU.
 
     python tools/benchmark.py inference                     networks alone, in one process
-    python tools/benchmark.py scripts FOLDER_OR_IMAGE       predict.py, whole processes
+    python tools/benchmark.py scripts FOLDER                predict.py, whole processes
     python tools/benchmark.py train FOLDER --weights FILE   train.py, whole processes
 
 Candidates take turns, so that a busy machine slows them alike, and their answers are compared.
-Prints a Markdown table of medians and ranges, or one JSON object with the figures of every turn.
+Prints a Markdown table: median (smallest to largest). FOLDER holds a folder per class.
 """
 
+# ruff: noqa: E402
+import contextlib
+import itertools
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
-# Before anything else of ours, which could add to the environment that it notes.
-from processes import OURS, ROOT, check, measure_scripts, measure_training, same_networks
+ENVIRONMENT = dict(os.environ)  # of the user, before any import could add to it
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+import torchvision
+from matplotlib.figure import Figure
 
 import cli
+import export
+from model import build_model
+from optimize import optimize_for_inference
 
 MODELS = [f"shufflenet_v2_{width}" for width in ("x0_5", "x1_0", "x1_5", "x2_0")]
 EXTENSIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_tile": "AMX", "avx512_bf16": "bfloat16"}
+TURN = 128  # images of a turn of `inference`, or one batch if that has more
+# Commands by what is trained (up to a comma), and what differs from baseline.py besides speed.
+CACHED = "standardised features, no augmentation, batch norm frozen, lr 0.03, batch 64, decay 0.1"
+RECIPE = "train.py --fc-first --freeze-bn --train-size 176 --random-erase 0.25"
+OURS = {
+    "fc": {"train.py --freeze-layers": CACHED, "train.py --freeze-layers, again": CACHED},
+    "all": {
+        "train.py --no-fc-first": "random draws",
+        "train.py --no-fc-first --freeze-bn": "batch norm frozen",
+        RECIPE: "fc trained first, batch norm frozen, smaller crops, erasing, lr 0.003, lrf 0.01",
+    },
+}
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Measure this repository against the plain way.")
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    inference = kinds.add_parser("inference", help="networks alone, in one process")
-    scripts = kinds.add_parser("scripts", help="predict.py, whole processes")
-    train = kinds.add_parser("train", help="train.py, whole processes")
-    count = {"type": cli.number(int, 1), "metavar": "N"}
-    scripts.add_argument("path", metavar="PATH", help="folder of class folders, or an image")
-    train.add_argument("path", metavar="PATH", help="folder of class folders")
-    for kind in (inference, scripts, train):
-        kind.add_argument("--model", choices=MODELS, default=MODELS[1], help="network")
-        kind.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    for kind in (inference, scripts):
-        kind.add_argument("--rounds", default=5, help="turns of every candidate", **count)
-    add = inference.add_argument
-    add("--batch-sizes", nargs="+", default=[1, 8, 64], help="images per call", **count)
-    add("--seconds", type=cli.number(float, 0), default=0.5, metavar="S", help="length of a turn")
-    add("--plot", metavar="FILE", help="draw the largest batch size as bars")
-    add = train.add_argument
-    add("--weights", default="", metavar="FILE", help="state dict to start from; '' is none")
-    add("--layers", nargs="+", choices=OURS, default=list(OURS), help="what is trained")
-    add("--epochs", default=30, help="of every run", **count)
-    add("--seeds", default=3, help="turns of every candidate, with seeds 0 to N - 1", **count)
-    add("-j", "--workers", type=cli.number(int, 0, 256), default=max(1, cli.cores() - 1),
-        metavar="N", help="processes that read images")  # fmt: skip
+    kinds = parser.add_subparsers(dest="what", required=True)
+    count, place = {"type": cli.number(int, 1), "metavar": "N"}, {"type": os.path.abspath}
+    for what in MEASURES:
+        add = kinds.add_parser(what).add_argument
+        add("--model", choices=MODELS, default=MODELS[1], help="network")
+        if what != "inference":
+            add("folder", metavar="FOLDER", help="holds a folder per class", **place)
+        if what != "train":
+            add("--rounds", default=5, help="turns of every candidate", **count)
+        if what == "inference":
+            add("--batch-sizes", nargs="+", default=[1, 8, 64], help="images per call", **count)
+            add("--plot", metavar="FILE", help="draw the largest batch size as bars", **place)
+        if what == "train":
+            add("--weights", required=True, help="state dict to start from", **place)
+            add("--layers", nargs="+", choices=OURS, default=list(OURS), help="what is trained")
+            add("--epochs", default=30, help="of every run", **count)
+            add("--seeds", default=3, help="turns of every candidate, from seed 0 on", **count)
+            add("--workers", type=int, default=cli.cores() - 1, help="that read images")
     return parser
 
 
-def main(args: Namespace | Sequence | None = None) -> dict:
-    """Measure as the options say; returns {"machine": text, "options": text, "rows": {candidate:
-    {column: [figure of every turn]}}}."""
+def main(args: cli.Words = None) -> dict:
+    """Measure as the options say; returns {candidate: {column: [figure of every turn]}}."""
     args = cli.parse(build_parser(), args)
-    if plot := getattr(args, "plot", None):
-        cli.check_file("--plot", plot, cli.PLOTS)
-    options = [f"{k} {v}" for k, v in vars(args).items() if k not in ("words", "json", "plot")]
-    report = {"machine": describe_machine(), "options": ", ".join(options), "rows": {}}
-    for name, figures in MEASURES[args.what](args):
-        for column, figure in figures.items():
-            report["rows"].setdefault(name, {}).setdefault(column, []).append(figure)
-    cli.say(json.dumps(report) if args.json else as_markdown(report))
-    if plot:
-        _draw_bars(report["rows"], f"img/s, batch {max(args.batch_sizes)}", args.model, plot)
-    return report
-
-
-def measure_inference(args: Namespace) -> Iterator[tuple[str, dict]]:
-    """Run networks on the same images; yields names and figures, turn by turn."""
-    import numpy as np
-
-    networks = open_networks(args.model)
-    for batch in args.batch_sizes:
-        x = np.random.default_rng(0).normal(size=(batch, 3, 224, 224)).astype(np.float32)
-        expected = networks["torchvision, PyTorch"](x)
-        for turn in range(args.rounds + 1):
-            for name, network in networks.items():
-                check(name, network(x), expected, np.max, 1e-4 * abs(expected).max())
-                calls, start = 0, time.perf_counter()
-                while not calls or time.perf_counter() - start < args.seconds:
-                    network(x)
-                    calls += 1
-                seconds = (time.perf_counter() - start) / calls
-                if turn:  # the first warms up
-                    latency = {"ms, batch 1": 1000 * seconds} if batch == 1 else {}
-                    yield name, {f"img/s, batch {batch}": batch / seconds} | latency
-
-
-def open_networks(model_name: str) -> dict[str, Callable]:
-    """Functions of normalised images (N, 3, 224, 224) that return logits (N, 1000), by name."""
-    import onnxruntime
-    import openvino
-    import torch
-
-    from export import to_onnx
-    from optimize import optimize_for_inference
-
-    theirs, ours = same_networks(model_name, 1000)
-    optimized = optimize_for_inference(ours)
-    networks = {}
-    for name, network, exported in (
-        ("torchvision", theirs, theirs),
-        ("ours", optimized, optimized.network),
-    ):
-        onnx = to_onnx(exported, 224).SerializeToString()
-        session = onnxruntime.InferenceSession(onnx)
-        model = openvino.Core().read_model(onnx)
-        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        forward = torch.inference_mode()(network.forward)
-        networks |= {
-            f"{name}, PyTorch": lambda x, run=forward: run(torch.from_numpy(x)).numpy(),
-            f"{name}, ONNX Runtime": lambda x, run=session.run: run(None, {"input": x})[0],
-            f"{name}, OpenVINO": lambda x, run=compiled: run(x)["logits"],
-        }
-    return networks
+    options = [f"{name} {value}" for name, value in vars(args).items() if name != "words"]
+    head, rows = ", ".join([describe_machine(), *options]), {}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        for name, figures in MEASURES[args.what](args):
+            for column, figure in figures.items():
+                rows.setdefault(name, {}).setdefault(column, []).append(figure)
+    columns = list(next(iter(rows.values())))
+    table = [["", *columns], ["---"] * (len(columns) + 1)]
+    for name, row in rows.items():
+        cells = [f"{median(x):.4g} ({min(x):.4g} to {max(x):.4g})" for x in row.values()]
+        table.append([name, *cells])
+    cli.say(head, "", *(f"| {' | '.join(line)} |" for line in table), sep="\n")
+    if args.what == "inference" and args.plot:
+        draw_bars(rows, f"img/s, batch {max(args.batch_sizes)}", args.model, args.plot)
+    return rows
 
 
 def describe_machine() -> str:
     """Processor, vector extensions, cores, versions, and the commit of this repository."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    known = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
-    if flags := known.get("flags", "").split():
-        extensions = [name for flag, name in EXTENSIONS.items() if flag in flags]
-    else:
-        import torch
-
-        extensions = [torch.backends.cpu.get_cpu_capability()]
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    processor = re.findall("model name.*: (.*)", cpuinfo) or [platform.processor()]
+    extensions = [name for flag, name in EXTENSIONS.items() if flag in cpuinfo.split()]
     packages = ("torch", "torchvision", "onnxruntime", "openvino")
     versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
-    processor = known.get("model name") or platform.processor() or platform.machine()
-    describe = "git describe --always --exclude='*' --dirty=+changes"
-    git = subprocess.run(describe, shell=True, cwd=ROOT, capture_output=True, text=True)
-    commit = f"commit {git.stdout.strip() or 'unknown'}"
-    return ", ".join([processor, *extensions, f"{cli.cores()} cores", *versions, commit])
+    commit = subprocess.getoutput(f'git -C "{ROOT}" describe --always --dirty')
+    facts = [processor[0], *extensions, f"{cli.cores()} cores", *versions, f"commit {commit}"]
+    return ", ".join(facts)
 
 
-def as_markdown(report: dict) -> str:
-    """The machine, the options, and a table of medians and ranges."""
-    rows = report["rows"]
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(_cell(c, row.get(c)) for c in columns)] for name, row in rows.items()]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{report['machine']}; {report['options']}\n\n{table}"
+def measure_inference(args: Namespace) -> Iterator[tuple[str, dict]]:
+    """Run networks on the same images; yields names and figures, turn by turn."""
+    theirs, ours = same_networks(args.model, 1000)
+    networks = in_runtimes("torchvision", theirs)
+    networks |= in_runtimes("ours", optimize_for_inference(ours))
+    for batch in args.batch_sizes:
+        x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
+        expected = networks["torchvision, PyTorch"](x)
+        tolerance, calls = 1e-4 * abs(expected).max(), max(1, TURN // batch)
+        for name, run in [*networks.items()] * args.rounds:
+            # A fast wrong answer is an error; this call warms up, too.
+            np.testing.assert_allclose(run(x), expected, rtol=0, atol=tolerance, err_msg=name)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run(x)
+            yield name, {f"img/s, batch {batch}": calls * batch / (time.perf_counter() - start)}
 
 
-def _cell(column: str, figures: list | None) -> str:
-    if not figures or isinstance(figures[0], str):
-        return figures[0] if figures else ""
-    if column == "accuracy" and len(figures) > 1:
-        return f"{mean(figures):.3f} ± {stdev(figures):.3f}"
-    shown = (median(figures), min(figures), max(figures))
-    middle, low, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in shown)
-    return middle if low == high else f"{middle} ({low} to {high})"
+def in_runtimes(name: str, network) -> dict[str, Callable]:
+    """Functions of normalised images (N, 3, 224, 224) that return logits (N, 1000), by name."""
+    onnx = export.to_onnx(network, 224).SerializeToString()
+    session = onnxruntime.InferenceSession(onnx)
+    model = openvino.Core().read_model(onnx)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    forward = torch.inference_mode()(network.forward)
+    return {
+        f"{name}, PyTorch": lambda x: forward(torch.from_numpy(x)).numpy(),
+        f"{name}, ONNX Runtime": lambda x: session.run(None, {"input": x})[0],
+        f"{name}, OpenVINO": lambda x: compiled(x)["logits"],
+    }
 
 
-def _draw_bars(rows: dict, column: str, model_name: str, path: str) -> None:
-    from matplotlib.figure import Figure
+def same_networks(model_name: str, classes: int) -> tuple:
+    """torchvision's network and ours with the same random weights, batch norm as if trained."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(model_name, num_classes=classes)
+    theirs.apply(lambda module: setattr(module, "momentum", None))  # statistics are plain means
+    with torch.no_grad():
+        theirs(torch.randn(32, 3, 224, 224))
+    ours = build_model(model_name, classes)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.eval(), ours.eval()
 
+
+def measure_scripts(args: Namespace) -> Iterator[tuple[str, dict]]:
+    """Classify the same images with the same network; yields names and figures, turn by turn."""
+    shutil.copytree(args.folder, "images")  # to be in memory for all alike
+    torch.save(same_networks(args.model, 5)[0].state_dict(), "model.pth")
+    Path("class_indices.json").write_text(json.dumps(dict(enumerate("01234"))))
+    run_script("export.py", "--weights", "model.pth", "--output", "model.onnx")
+    predict = "predict.py images --json --weights"
+    commands = {
+        "baseline.py": f"tools/baseline.py classify images model.pth {args.model} {cli.cores()}",
+        "predict.py, .pth": f"{predict} model.pth --device cpu",
+        "predict.py, .onnx by ONNX Runtime": f"{predict} model.onnx",
+        "predict.py, .onnx by OpenVINO": f"{predict} model.onnx --runtime openvino",
+    }
+    for _ in range(args.rounds):
+        expected = None
+        for name, output, figures in take_turn(commands):
+            answers = [json.loads(line) for line in output.splitlines()]
+            found = {(a["path"], g["class"]): g["prob"] for a in answers for g in a["predictions"]}
+            expected = expected or found
+            # On average: a pixel may differ by 1 of 255, to which random weights are sensitive.
+            difference = mean(abs(expected[guess] - found[guess]) for guess in expected)
+            np.testing.assert_allclose(difference, 0, atol=2e-3, err_msg=name)
+            yield name, figures
+
+
+def measure_training(args: Namespace) -> Iterator[tuple[str, dict]]:
+    """Train with the same images, epochs and seeds; yields names and figures, turn by turn."""
+    shutil.copy(args.weights, "weights.pth")
+    for seed, layers in itertools.product(range(args.seeds), args.layers):
+        # In memory for all alike, and at a new place: no features of it are cached.
+        images = shutil.copytree(args.folder, f"images-{layers}-{seed}")
+        plain = f"{images} weights.pth {args.model} {layers} {args.epochs} {seed} {args.workers}"
+        commands = {f"{layers}: baseline.py": f"tools/baseline.py train {plain}"}
+        common = f"--data-path {images} --weights weights.pth --model {args.model} --device cpu"
+        common += f" --epochs {args.epochs} --seed {seed} --workers {args.workers}"
+        for name, differs in OURS[layers].items():
+            row = f"{layers}: {name} (differs: {differs})"
+            commands[row] = f"{name.partition(',')[0]} {common}"
+        for name, output, figures in take_turn(commands):
+            accuracy = json.loads(output.splitlines()[-1])["best_accuracy"]
+            yield name, figures | {"accuracy": accuracy}
+        shutil.rmtree(images)
+
+
+def take_turn(commands: dict[str, str]) -> Iterator[tuple[str, str, dict]]:
+    """Run commands, the baseline first; yields name, stdout and figures of each."""
+    base = None
+    for name, command in commands.items():
+        start = time.perf_counter()
+        output = run_script(*command.split())
+        seconds = time.perf_counter() - start
+        base = base or seconds
+        yield name, output, {"seconds": seconds, "times faster": base / seconds}
+
+
+def run_script(script: str, *words: str) -> str:
+    """Run a script of this repository as the user would; returns stdout. RunError if it fails."""
+    command = [sys.executable, ROOT / script, *words]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise cli.RunError(f"{script} left with exit code {done.returncode}, see above")
+    return done.stdout
+
+
+def draw_bars(rows: dict, column: str, model_name: str, path: str) -> None:
     figure = Figure(figsize=(8, 3), dpi=150, layout="constrained")
     axes = figure.subplots()
     colours = ["C0" if name.startswith("ours") else "0.7" for name in rows]

@@ -77,29 +77,21 @@ def draw_sample_flowers(root: str | Path, per_class=80, seed=0, size=256) -> Pat
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     # Drawn beside root and renamed when complete, so that a half-drawn set never bears its name.
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        drawn = Path(scratch) / root.name
+    with tempfile.TemporaryDirectory(prefix=".", dir=root.parent) as scratch:
         for name in RINGS:
-            (drawn / name).mkdir(parents=True)
+            folder = Path(scratch, "drawn", name)
+            folder.mkdir(parents=True)
             for index in range(per_class):
                 picture = draw_picture(name, random.Random(f"{seed}-{name}-{index}"), size)
-                picture.save(drawn / name / f"{name}_{index:03d}.jpg", quality=90)
-        if not root.is_dir():  # another process may have been quicker
-            drawn.rename(root)
-    return root
+                picture.save(folder / f"{name}_{index:03d}.jpg", quality=90)
+        return Path(scratch, "drawn").rename(root)
 
 
-def main() -> None:
-    """Read the command line, draw, and say where the images are."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", default="data/sample", type=Path, help="(%(default)s)")
+    parser.add_argument("folder", nargs="?", default="data/sample", help="(%(default)s)")
     parser.add_argument("--per-class", type=int, default=80, help="images per class (%(default)s)")
     parser.add_argument("--size", type=int, default=256, help="pixels per side (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     args = parser.parse_args()
-    state = "Left alone, as it exists:" if args.folder.is_dir() else "Drawn:"
-    print(state, draw_sample_flowers(args.folder, args.per_class, args.seed, args.size))
-
-
-if __name__ == "__main__":
-    main()
+    print(draw_sample_flowers(args.folder, args.per_class, args.seed, args.size))
