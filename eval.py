@@ -48,7 +48,7 @@ def main(args: cli.Words = None) -> dict:
     import metrics
     import plots
     from files import save_rows
-    from inference import Classifier
+    from inference import Classifier, measure
 
     network = Classifier(weights, args.device, args.runtime, args.workers)
     classes = network.classes
@@ -102,27 +102,6 @@ def main(args: cli.Words = None) -> dict:
     summary = figures | about
     cli.say(json.dumps(summary))
     return summary | {"per_class": report}
-
-
-def measure(answers, labels: list[int], classes: list[str], bad) -> tuple:
-    """Hold the path and answer of each image against its class, an index; returns a Tally, and the
-    mistakes, largest loss first."""
-    import numpy as np
-
-    from image import ImageError
-    from metrics import Tally, softmax
-
-    tally, mistakes = Tally(len(classes)), []
-    for label, (path, answer) in zip(labels, answers, strict=True):
-        if isinstance(answer, ImageError):
-            bad.add(answer)
-            continue
-        (loss,) = tally.add(answer[None], np.array([label]))
-        if (guess := answer.argmax()) != label:
-            names = {"class": classes[label], "prediction": classes[guess]}
-            sure = {"prob": float(softmax(answer[None]).max()), "prob_of_class": np.exp(-loss)}
-            mistakes.append({"path": path} | names | sure | {"loss": float(loss)})
-    return tally, sorted(mistakes, key=lambda row: -row["loss"])
 
 
 def _print_table(report: list[dict], figures: dict) -> None:

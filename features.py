@@ -17,8 +17,9 @@ import hashlib
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from image import ImageError
 from inference import stream, torch_run
 from my_dataset import batches
 from optimize import optimize_for_inference
+from utils import evaluate
 
 CACHE = Path(__file__).parent / ".cache" / "features"
 VERSION = 3  # to be raised when this file computes features in another way
@@ -86,11 +88,11 @@ class FeatureLoader:
             yield self.features[batch], self.labels[batch]
 
 
-def head_and_loaders(
+def head_and_data(
     model, train, val, preprocessing, device, seed: int, bad: BadImages, batch_size: int
-) -> tuple[Head, FeatureLoader, FeatureLoader]:
-    """What takes the place of a network, on `device`, and of its loaders for training and for
-    validation, of paths and class indices each."""
+) -> tuple[Head, FeatureLoader, Callable]:
+    """What takes the place of a network, on `device`, of the loader to train it, and of what
+    validates it; `train` and `val` are paths and class indices."""
     paths = sorted(train[0] + val[0])  # another split of the same images finds the same file
     features = cached_features(model, paths, preprocessing, device, bad)
     row_of = dict(zip(paths, features, strict=True))
@@ -104,7 +106,8 @@ def head_and_loaders(
         rows, labels = torch.from_numpy(np.stack(rows)), torch.tensor(labels)
         loaders.append(FeatureLoader(rows, labels, batch_size, order))
     mean, std = statistics(loaders[0].features)
-    return Head(model.fc, mean, std).to(device), *loaders
+    head = Head(model.fc, mean, std).to(device)
+    return head, loaders[0], partial(evaluate, head, loaders[1], device)
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:

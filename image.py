@@ -10,11 +10,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cli import printable, silence
 
@@ -42,6 +42,31 @@ def default_preprocessing(model_name: str) -> dict:
     return {"resize": resize, "crop": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet. What goes wrong meanwhile becomes an ImageError,
+    but for what the machine lacks."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a quarter of a GiB as RGB
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            yield image
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        if getattr(error, "errno", None) in MACHINE_ERRORS:
+            raise
+        raise ImageError(f"{printable(path)}: {printable(_reason(path, error))}") from None
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    with silence() if image.format == "TIFF" else nullcontext():  # libtiff is talkative
+        image.load()
+    with suppress(Exception):  # damaged EXIF: the pixels are still good
+        ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
 def load_rgb(path: str | Path) -> Image.Image:
     """Read an image as it should be seen: upright by its EXIF orientation, 8-bit RGB.
 
@@ -49,22 +74,34 @@ def load_rgb(path: str | Path) -> Image.Image:
     the first frame is read. ImageError if it is missing, empty, truncated, over 89 million pixels,
     or none of the `FORMATS`; OSError or MemoryError if the machine lacks something.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a quarter of a GiB as RGB
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            with silence() if image.format == "TIFF" else nullcontext():  # libtiff is talkative
-                image.load()
-            with suppress(Exception):  # damaged EXIF: the pixels are still good
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise nearly anything on damaged bytes
-        if getattr(error, "errno", None) in MACHINE_ERRORS:
-            raise
-        # "from None": a worker process of a DataLoader must be able to pickle it.
-        raise ImageError(f"{printable(path)}: {printable(_reason(path, error))}") from None
+    with _opened(path) as image:
+        return _decoded(image)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+def load_crop(
+    path: str | Path, crop: Callable[[int, int], Box], side: int, spare: float
+) -> np.ndarray:
+    """Read a part of an image, as `load_rgb` does, resized (bilinear, antialiased) to uint8
+    (side, side, 3). `crop` is given the width and height of the image upright.
+
+    Only the part is resized: less work, and no image is too long for the memory. The decoder of
+    JPEG shrinks large photographs by 2, 4 or 8, so long as the part keeps `spare * side` pixels.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        with suppress(Exception):  # damaged EXIF
+            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
+                width, height = height, width
+        box = crop(width, height)
+        least = max(1, min(box[2] - box[0], box[3] - box[1]) / (spare * side))
+        image.draft("RGB", (int(image.width / least), int(image.height / least)))
+        upright = _decoded(image)
+        shrunk = round(width / upright.width)
+        box = tuple(edge / shrunk for edge in box)
+        return np.array(upright.resize((side, side), Image.Resampling.BILINEAR, box))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -92,22 +129,25 @@ def _reason(path: str | Path, error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def resize_and_crop(image: Image.Image, resize: int, crop: int) -> np.ndarray:
-    """Resize the shorter side of an RGB image to `resize` pixels (bilinear, antialiased) and cut
-    the centre; returns uint8 (crop, crop, 3).
+def load_centre(path: str | Path, preprocessing: dict) -> np.ndarray:
+    """An image as evaluation wants it: the shorter side resized to `resize` pixels, the centre of
+    `crop` pixels cut out; uint8 (crop, crop, 3).
 
-    Hardly ever over 1 of 255 away from torchvision's Resize and CenterCrop, at most 2. Only what
-    the crop keeps is computed: less work, and no image is too long for the memory.
+    Hardly ever over 1 of 255 away from torchvision's Resize and CenterCrop, at most 2, but for
+    photographs that the decoder shrinks (`load_crop`).
     """
-    shorter = min(image.size)
-    edges = []  # of the crop: left and right, then top and bottom, in pixels of the image
-    for side in image.size:
-        resized = resize * side // shorter
-        first = round((resized - crop) / 2)
-        edges.append((first * side / resized, (first + crop) * side / resized))
-    (left, right), (top, bottom) = edges
-    box = (left, top, right, bottom)
-    return np.array(image.resize((crop, crop), Image.Resampling.BILINEAR, box))
+    resize, crop = preprocessing["resize"], preprocessing["crop"]
+
+    def centre(*size: int) -> Box:
+        edges = []  # left and right, then top and bottom
+        for pixels in size:
+            resized = resize * pixels // min(size)
+            first = round((resized - crop) / 2)
+            edges.append((first * pixels / resized, (first + crop) * pixels / resized))
+        (left, right), (top, bottom) = edges
+        return left, top, right, bottom
+
+    return load_crop(path, centre, crop, spare=2)
 
 
 def ahead(work: Callable, items: Iterable, threads: int) -> Iterator:

@@ -14,8 +14,8 @@ import numpy as np
 
 import cli
 from cli import RunError, UsageError
-from image import ImageError, ahead, load_rgb, resize_and_crop
-from metrics import softmax
+from image import ImageError, ahead, load_centre
+from metrics import Tally, softmax
 
 BATCH = 16  # images; more are slower on a CPU, see optimize.py
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 (N, crop, crop, 3) to float32 (N, outputs)
@@ -178,22 +178,54 @@ def stream(
     Yields for each path, in order, the path and its row (outputs,), or the error that says why it
     could not be read. RunError if an answer is not finite.
     """
-    sizes = preprocessing["resize"], preprocessing["crop"]
 
     def work(batch: Sequence[str]) -> list[tuple[str, np.ndarray | ImageError]]:
         images, answers = [], []
         for path in batch:
             try:
-                images.append(resize_and_crop(load_rgb(path), *sizes))
+                images.append(load_centre(path, preprocessing))
                 answers.append(None)
             except ImageError as error:
                 answers.append(error)
         outputs = run(np.stack(images)) if images else np.empty(0)
         if not np.isfinite(outputs).all():
-            raise RunError("the network answers with values that are not finite: it is damaged")
+            raise RunError("use other weights, or a smaller --lr: the answers are not finite")
         rows = iter(outputs)
         return [(path, error or next(rows)) for path, error in zip(batch, answers, strict=True)]
 
     parts = (paths[first : first + BATCH] for first in range(0, len(paths), BATCH))
     for answered in ahead(work, parts, threads):
         yield from answered
+
+
+def measure(answers, labels: list[int], classes: list[str], bad) -> tuple:
+    """Hold the path and answer of each image against its class, an index; returns a Tally, and the
+    mistakes, largest loss first."""
+    tally, mistakes = Tally(len(classes)), []
+    for label, (path, answer) in zip(labels, answers, strict=True):
+        if isinstance(answer, ImageError):
+            bad.add(answer)
+            continue
+        (loss,) = tally.add(answer[None], np.array([label]))
+        if (guess := answer.argmax()) != label:
+            names = {"class": classes[label], "prediction": classes[guess]}
+            sure = {"prob": float(softmax(answer[None]).max()), "prob_of_class": np.exp(-loss)}
+            mistakes.append({"path": path} | names | sure | {"loss": float(loss)})
+    return tally, sorted(mistakes, key=lambda row: -row["loss"])
+
+
+def validate_network(
+    model, paths: list[str], labels: list[int], device, preprocessing: dict, bad, *, log: dict
+) -> None:
+    """Measure a network in training as eval.py does; `log` gets "val_loss", "val_accuracy" and
+    "confusion", as by utils.evaluate. RunError if no image can be read."""
+    from optimize import optimize_for_inference
+
+    run = torch_run(optimize_for_inference(model.eval()), device, preprocessing)
+    answers = cli.progress(stream(paths, run, preprocessing, cli.cores()), "validation", len(paths))
+    tally, _ = measure(answers, labels, range(model.fc.out_features), bad)
+    if not tally.images:
+        raise RunError("no image to validate on can be read")
+    figures = tally.figures()
+    log |= {"val_loss": figures["loss"], "val_accuracy": figures["accuracy"]}
+    log["confusion"] = tally.confusion

@@ -7,20 +7,20 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from folders import BadImages
-from image import IMAGENET_MEAN, ImageError, ahead, load_rgb, resize_and_crop
+from image import IMAGENET_MEAN, ImageError, ahead, load_crop, load_rgb
 
 
 class MyDataSet(Dataset):
     """Images and their classes.
 
-    `transform` is called with the RGB image; with a `seed` also with a random.Random that depends
-    on seed, epoch and index alone, so that nothing else changes what is drawn: not the order, not
-    the number of threads. ImageError on access if an image cannot be read.
+    `transform` is called with the RGB image. With a `seed` it is called with the path instead, and
+    with a random.Random that depends on seed, epoch and index alone: nothing else changes what is
+    drawn, not the order, not the number of threads. ImageError on access if an image cannot be
+    read.
     """
 
     def __init__(
@@ -42,12 +42,11 @@ class MyDataSet(Dataset):
         return len(self.images_path)
 
     def __getitem__(self, index: int) -> tuple:
-        image, label = load_rgb(self.images_path[index]), self.images_class[index]
-        if self.transform is not None and self.seed is not None:
-            image = self.transform(image, random.Random(f"{self.seed} {self.epoch} {index}"))
-        elif self.transform is not None:
-            image = self.transform(image)
-        return image, label
+        path, label = self.images_path[index], self.images_class[index]
+        if self.seed is not None:
+            return self.transform(path, random.Random(f"{self.seed} {self.epoch} {index}")), label
+        image = load_rgb(path)
+        return self.transform(image) if self.transform else image, label
 
     @staticmethod
     def collate_fn(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -57,15 +56,15 @@ class MyDataSet(Dataset):
 
 
 def train_transform(size: int, random_erase: float = 0.0) -> Callable:
-    """Random crop of 8 to 100 % of the area, random mirroring; gives uint8 (size, size, 3).
+    """Reads a random crop of 8 to 100 % of the area, mirrored at random; uint8 (size, size, 3).
 
     With the probability `random_erase` a rectangle of 2 to 33 % of it becomes the mean colour
     (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020).
     """
 
-    def transform(image: Image.Image, rng: random.Random) -> np.ndarray:
-        box = random_box(*image.size, (0.08, 1), 4 / 3, rng)
-        pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR, box))
+    def transform(path: str, rng: random.Random) -> np.ndarray:
+        draw = partial(random_box, area=(0.08, 1), ratio=4 / 3, rng=rng)
+        pixels = load_crop(path, draw, size, spare=1)
         if rng.random() < 0.5:
             pixels = pixels[:, ::-1]
         if rng.random() < random_erase:
@@ -94,11 +93,6 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def eval_transform(preprocessing: dict) -> Callable[[Image.Image], np.ndarray]:
-    """Resize and centre crop; gives uint8 (crop, crop, 3)."""
-    return partial(resize_and_crop, resize=preprocessing["resize"], crop=preprocessing["crop"])
-
-
 class Normalize(nn.Module):
     """uint8 (N, 3, H, W) to the network's float32: scaled to 0..1, minus mean, over std."""
 
@@ -120,21 +114,20 @@ def batches(length: int, size: int, seed: int | None, epoch: int) -> list[list[i
 
 
 class DeviceLoader:
-    """Batches of images on the device, normalised (N, 3, H, W), and their classes (N,).
+    """Batches to train on: images on the device, normalised (N, 3, H, W), and their classes (N,);
+    in another order in each epoch.
 
-    `threads` read ahead while the device computes; 0 reads when a batch is asked for. A data set
-    with a seed comes in another order in each epoch. Images that cannot be read are missing from
-    their batch and counted by `bad`.
+    `threads` read ahead while the device computes; 0 reads when a batch is asked for. Images that
+    cannot be read are missing from their batch and counted by `bad`.
     """
 
     def __init__(
         self, dataset: MyDataSet, device: torch.device, preprocessing: dict, batch_size: int,
-        threads: int = 0, bad: BadImages | None = None,
+        threads: int, bad: BadImages,
     ) -> None:  # fmt: skip
         self.dataset, self.device = dataset, device
-        self.batch_size, self.threads = batch_size, threads
+        self.batch_size, self.threads, self.bad = batch_size, threads, bad
         self.normalize = Normalize(preprocessing).to(device)
-        self.bad = bad or BadImages(len(dataset))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass, and what is drawn in it."""
@@ -146,20 +139,21 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         data = self.dataset
         order = batches(len(data), self.batch_size, data.seed, data.epoch)
-        for pixels, labels, errors in ahead(self._read, order, self.threads):
-            for error in errors:
-                self.bad.add(error)
-            if labels:
+        for items in ahead(self._read, order, self.threads):
+            good = []
+            for item in items:
+                self.bad.add(item) if isinstance(item, ImageError) else good.append(item)
+            if good:
+                pixels, labels = zip(*good, strict=True)
                 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # NHWC -> NCHW
-                yield self.normalize(images.to(self.device)), torch.tensor(labels).to(self.device)
+                images, labels = images.to(self.device), torch.tensor(labels).to(self.device)
+                yield self.normalize(images), labels
 
-    def _read(self, indices: list[int]) -> tuple[list[np.ndarray], list[int], list[ImageError]]:
-        pixels, labels, errors = [], [], []
+    def _read(self, indices: list[int]) -> list[tuple | ImageError]:
+        items = []
         for index in indices:
             try:
-                image, label = self.dataset[index]
-                pixels.append(image)
-                labels.append(label)
+                items.append(self.dataset[index])
             except ImageError as error:
-                errors.append(error)
-        return pixels, labels, errors
+                items.append(error)
+        return items

@@ -8,9 +8,12 @@
 
 In v1 the shuffle stays: its 1x1 convolutions are grouped, so a channel cannot be made beside others
 that are read with it without leaving its group.
+
+`optimize_for_training` folds batch norms that are frozen, while the convolutions learn.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,32 @@ from model import InvertedResidual, ShuffleNetV1, ShuffleNetV2, ShuffleUnit
 from utils import memory_format
 
 CPU_BATCH = 16  # images; the fastest of 1, 2, 4 ... 64 for x0.5, x1.0 and v1
+
+
+def optimize_for_training(model: ShuffleNetV1 | ShuffleNetV2) -> nn.Module:
+    """A network with the parameters of `model`, to be trained in its place where batch norm is
+    frozen: the same function and gradients, without a pass of batch norm over the activations."""
+    network = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    _fold_batch_norms(network, FoldedConv)
+    return network
+
+
+class FoldedConv(nn.Module):
+    """A convolution and the frozen batch norm after it as one convolution, whose weights are scaled
+    anew each time, so that gradients reach those of `conv`."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv = conv
+        scale = bn.weight.detach() * torch.rsqrt(bn.running_var + bn.eps)
+        self.register_buffer("scale", scale.view(-1, 1, 1, 1))
+        self.register_buffer("shift", bn.bias.detach() - bn.running_mean * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, weight = self.conv, self.conv.weight * self.scale
+        return nn.functional.conv2d(
+            x, weight, self.shift, conv.stride, conv.padding, groups=conv.groups
+        )
 
 
 def optimize_for_inference(model: ShuffleNetV1 | ShuffleNetV2) -> "Optimized":
@@ -37,24 +66,29 @@ def optimize_for_inference(model: ShuffleNetV1 | ShuffleNetV2) -> "Optimized":
         raise TypeError(f"{type(model).__name__} is no ShuffleNetV1 or ShuffleNetV2 of model.py")
     device = next(model.parameters()).device
     network = copy.deepcopy(model).requires_grad_(False).cpu()  # Apple's GPU has no float64
-    network.conv1 = _fold_batch_norms(network.conv1)
-    for stage in (network.stage2, network.stage3, network.stage4):
-        for unit in stage:
-            if isinstance(unit, ShuffleUnit):
-                for conv, bn in (("pw1", "bn1"), ("dw", "bn2"), ("pw2", "bn3")):
-                    setattr(unit, conv, _fold(getattr(unit, conv), getattr(unit, bn)))
-                    setattr(unit, bn, nn.Identity())
-            else:
-                unit.branch1 = _fold_batch_norms(unit.branch1)
-                unit.branch2 = _fold_batch_norms(unit.branch2)
+    # In float64: it will be rounded once.
+    _fold_batch_norms(network.double(), fuse_conv_bn_eval)
     if isinstance(network, ShuffleNetV2):
-        network.conv5 = _fold_batch_norms(network.conv5)
         network.stage2 = DealtStage(network.stage2)
         network.stage3 = DealtStage(network.stage3, network.stage2.order)
         network.stage4 = DealtStage(network.stage4, network.stage3.order)
         _permute(network.conv5[0], columns=network.stage4.order)
     network.to(model.fc.weight.dtype)
     return Optimized(network).to(device, memory_format=memory_format(device))
+
+
+def _fold_batch_norms(network: nn.Module, fold: Callable) -> None:
+    """Put fold(convolution, batch norm) in the place of every such pair."""
+    for module in list(network.modules()):
+        if isinstance(module, ShuffleUnit):
+            for conv, bn in (("pw1", "bn1"), ("dw", "bn2"), ("pw2", "bn3")):
+                setattr(module, conv, fold(getattr(module, conv), getattr(module, bn)))
+                setattr(module, bn, nn.Identity())
+        elif isinstance(module, nn.Sequential):
+            for place in reversed(range(len(module))):
+                if isinstance(module[place], nn.BatchNorm2d):
+                    module[place - 1] = fold(module[place - 1], module[place])
+                    del module[place]
 
 
 class Optimized(nn.Module):
@@ -160,19 +194,3 @@ def _permute(conv: nn.Conv2d, rows: Tensor | None = None, columns: Tensor | None
             conv.bias.copy_(conv.bias[rows])
         if columns is not None:
             conv.weight.copy_(conv.weight[:, columns])
-
-
-def _fold_batch_norms(layers: nn.Sequential) -> nn.Sequential:
-    """The same layers, each batch norm folded into the convolution before it."""
-    folded = []
-    for layer in layers:
-        if isinstance(layer, nn.BatchNorm2d):
-            folded[-1] = _fold(folded[-1], layer)
-        else:
-            folded.append(layer)
-    return nn.Sequential(*folded)
-
-
-def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """A convolution that includes the batch norm, in float64: it will be rounded once."""
-    return fuse_conv_bn_eval(conv.double(), bn.double())

@@ -16,6 +16,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import cli
@@ -94,8 +95,10 @@ def main(args: cli.Words = None) -> dict:
     import utils
     from files import locked, save_rows
     from image import default_preprocessing
+    from inference import validate_network
     from model import VARIANTS, build_model
-    from my_dataset import DeviceLoader, MyDataSet, eval_transform, train_transform
+    from my_dataset import DeviceLoader, MyDataSet, train_transform
+    from optimize import optimize_for_training
 
     state = None
     if last:
@@ -157,8 +160,8 @@ def main(args: cli.Words = None) -> dict:
 
         common = (model, train, val, preprocessing, device, args.seed, bad)
         if args.fc_first and not run.history:  # as epoch 0
-            head, *loaders = features.head_and_loaders(*common, features.RECIPE.batch_size)
-            *_, (row, confusion, _) = fit(head, loaders, device, features.RECIPE)
+            head, *data = features.head_and_data(*common, features.RECIPE.batch_size)
+            *_, (row, confusion, _) = fit(head, *data, device, features.RECIPE)
             head.fold_into(model.fc)
             run.record(row | {"epoch": 0}, confusion, model, None)
             notice(f"fc alone reaches {row['val_accuracy']:.4f}; now all layers")
@@ -166,20 +169,21 @@ def main(args: cli.Words = None) -> dict:
         # What learns, and from what; with --no-cache-features fc learns as in my_dataset.py, too.
         learning = state and state["learning"]
         if cached:
-            learner, *loaders = features.head_and_loaders(*common, args.batch_size)
+            learner, loader, validate = features.head_and_data(*common, args.batch_size)
             if learning:
                 learner.load_state_dict(learning["head"])
         else:
-            learner = model
+            learner = optimize_for_training(model) if args.freeze_bn else model
             crop = args.train_size or preprocessing["crop"]
             train_set = MyDataSet(*train, train_transform(crop, args.random_erase), args.seed)
-            val_set = MyDataSet(*val, eval_transform(preprocessing))
             rest = (device, preprocessing, args.batch_size, args.workers, bad)
-            loaders = DeviceLoader(train_set, *rest), DeviceLoader(val_set, *rest)
+            loader = DeviceLoader(train_set, *rest)
+            validate = partial(validate_network, model, *val, device, preprocessing, bad)
 
         if run.stalled(args.patience):  # as the run was before it was resumed
             args.epochs = run.epoch
-        steps = fit(learner, loaders, device, args, amp and not cached, run.epoch, learning)
+        bfloat16 = amp and not cached
+        steps = fit(learner, loader, validate, device, args, bfloat16, run.epoch, learning)
         for row, confusion, learning in steps:
             if cached:
                 learner.fold_into(model.fc)
@@ -208,30 +212,32 @@ def main(args: cli.Words = None) -> dict:
     return summary
 
 
-def fit(learner, loaders, device, options, amp=False, first=0, learning=None) -> Iterator[tuple]:
+def fit(
+    learner, loader, validate, device, options, amp=False, first=0, learning=None
+) -> Iterator[tuple]:
     """Train the network, or the head on cached features, and validate it, epoch after epoch.
 
-    `options` holds epochs, lr, lrf and weight_decay. `first` epochs are done, and `learning` is the
-    state given after them. Yields after every epoch its row of figures, the confusion matrix, and
-    the state of what learns. RunError if the loss is not finite, or no image can be read.
+    `validate` notes its figures in the dict `log`, as utils.evaluate does. `options` holds epochs,
+    lr, lrf and weight_decay. `first` epochs are done, and `learning` is the state given after them.
+    Yields after every epoch its row of figures, the confusion matrix, and the state of what learns.
+    RunError if the loss is not finite, or no image can be read.
     """
     import torch
 
-    from utils import cosine_lr, evaluate, train_one_epoch
+    from utils import cosine_lr, train_one_epoch
 
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     decay = options.weight_decay
     optimizer = torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=decay)
     if learning:
         optimizer.load_state_dict(learning["optimizer"])
-    train_loader, val_loader = loaders
     for epoch in range(first, options.epochs):
         lr = cosine_lr(options.lr, options.lrf, epoch, options.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
         row, start = {"epoch": epoch + 1, "lr": lr}, time.perf_counter()
-        train_one_epoch(learner, optimizer, train_loader, device, epoch, amp=amp, log=row)
-        evaluate(learner, val_loader, device, log=row)
+        train_one_epoch(learner, optimizer, loader, device, epoch, amp=amp, log=row)
+        validate(log=row)
         if not math.isfinite(row["val_loss"]):
             raise RunError(f"use a smaller --lr: the loss is {row['val_loss']} in validation")
         row["seconds"] = time.perf_counter() - start

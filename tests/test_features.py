@@ -14,9 +14,9 @@ import features
 import utils
 from cli import RunError
 from folders import BadImages, find_images, with_labels
-from image import default_preprocessing
+from image import default_preprocessing, load_centre
 from model import build_model
-from my_dataset import DeviceLoader, MyDataSet, eval_transform
+from my_dataset import DeviceLoader, MyDataSet, Normalize
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -46,9 +46,15 @@ def compute(network, paths, preprocessing=PREPROCESSING):
     return features.cached_features(network, paths, preprocessing, CPU, BadImages(10))
 
 
-def head_and_loaders(network, train, val):
+def head_and_data(network, train, val):
     about = {"preprocessing": PREPROCESSING, "device": CPU, "seed": 3, "bad": BadImages(10)}
-    return features.head_and_loaders(network, train, val, **about, batch_size=3)
+    return features.head_and_data(network, train, val, **about, batch_size=3)
+
+
+def as_batch(paths):
+    """Images as the network wants them, (N, 3, H, W)."""
+    pixels = np.stack([load_centre(path, PREPROCESSING) for path in paths])
+    return Normalize(PREPROCESSING)(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def was_read(capsys):
@@ -57,26 +63,25 @@ def was_read(capsys):
 
 def test_features_are_what_fc_sees(network, images):
     found = compute(network, images[0])
-    data = DeviceLoader(MyDataSet(*images, eval_transform(PREPROCESSING)), CPU, PREPROCESSING, 8)
-    expected = torch.cat([network.eval().forward_features(x) for x, _ in data])
+    expected = network.eval().forward_features(as_batch(images[0]))
     torch.testing.assert_close(torch.tensor(found), expected, **CLOSE)
 
 
 def test_the_head_gets_every_image_with_its_class_in_the_order_of_seed_and_epoch(network, images):
     paths, labels = images
     train, val = (paths[2:], labels[2:]), (paths[:2], labels[:2])
-    head, *loaders = head_and_loaders(network, train, val)
+    head, loader, validate = head_and_data(network, train, val)
     found = torch.tensor(compute(network, paths))
     torch.testing.assert_close(head.mean, found[2:].mean(0))  # of the training images alone
-    ((x, y),) = loaders[1]
-    assert (x.tolist(), y.tolist()) == (found[:2].tolist(), labels[:2])
+    expected = nn.functional.cross_entropy(head(found[:2]), torch.tensor(labels[:2])).item()
+    validate(log=(log := {}))
+    assert log["val_loss"] == pytest.approx(expected, rel=1e-6)
 
-    plain = MyDataSet(*train, eval_transform(PREPROCESSING), seed=3)
-    plain = DeviceLoader(plain, CPU, PREPROCESSING, 3)
-    plain.dataset.transform = lambda image, rng: eval_transform(PREPROCESSING)(image)
-    for loader in (plain, loaders[0]):
-        loader.set_epoch(1)
-    for (pixels, same), (x, y) in zip(plain, loaders[0], strict=True):
+    plain = MyDataSet(*train, lambda path, rng: load_centre(path, PREPROCESSING), seed=3)
+    plain = DeviceLoader(plain, CPU, PREPROCESSING, 3, 0, BadImages(6))
+    for each in (plain, loader):
+        each.set_epoch(1)
+    for (pixels, same), (x, y) in zip(plain, loader, strict=True):
         assert torch.equal(y, same)
         torch.testing.assert_close(x, network.forward_features(pixels), **CLOSE)
 
@@ -121,7 +126,7 @@ def test_standardised_features_are_learnt_where_plain_ones_are_not():
 def test_a_second_run_reads_no_image_whatever_its_fc_and_its_split(network, images, capsys):
     paths, labels = images
     for count in (2, 5):
-        head_and_loaders(network, (paths[count:], labels[count:]), (paths[:count], labels[:count]))
+        head_and_data(network, (paths[count:], labels[count:]), (paths[:count], labels[:count]))
         assert was_read(capsys) == (count == 5)
         nn.init.normal_(network.fc.weight)
 
@@ -156,11 +161,11 @@ def test_images_that_cannot_be_read_are_named_in_every_run(network, images, tmp_
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     train, val = ([*paths[:4], str(tmp_path / "bad.jpg")], [0] * 5), (paths[4:], labels[4:])
     for _ in range(2):
-        _, loader, _ = head_and_loaders(network, train, val)
+        _, loader, _ = head_and_data(network, train, val)
         assert sum(len(labels) for _, labels in loader) == 4
         assert "bad.jpg: " in capsys.readouterr().err
     with pytest.raises(RunError, match="no image to validate on can be read"):
-        head_and_loaders(network, (paths, labels), ([str(tmp_path / "bad.jpg")], [0]))
+        head_and_data(network, (paths, labels), ([str(tmp_path / "bad.jpg")], [0]))
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(network, images, tmp_path, capsys):

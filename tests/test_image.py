@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from torchvision import transforms
+from PIL import Image, JpegImagePlugin
+from torchvision import models, transforms
 
-from image import SUFFIXES, ImageError, default_preprocessing, load_rgb, resize_and_crop
+from image import IMAGENET_MEAN as MEAN
+from image import IMAGENET_STD as STD
+from image import SUFFIXES, ImageError, default_preprocessing, load_centre, load_crop, load_rgb
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = sorted((ROOT.parent / "shared/data/flower_photos").glob("*/*.jpg"))[::125]
@@ -177,9 +179,9 @@ def test_whatever_is_damaged_there_is_an_image_or_one_line(tmp_path, kind):
             part = draw.choice((draw.randbytes(count), b"\0" * count, b"\xff" * count, b"", data))
             data[at : at + draw.choice((0, count, len(data)))] = part[:1000]
         path.write_bytes(data)
-        if not isinstance(found := read(path), str):
+        if not isinstance(read(path), str):
             images += 1
-            assert resize_and_crop(found, 40, 32).shape == (32, 32, 3)
+            assert load_centre(path, {"resize": 40, "crop": 32}).shape == (32, 32, 3)
     assert images
 
 
@@ -246,31 +248,79 @@ SIZES = [(1, 1), (7, 5), (224, 224), (256, 256), (232, 231), (1, 16), (31, 496),
 SIZES += [tuple(size) for size in np.random.default_rng(0).integers(90, 700, (24, 2)).tolist()]
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """Save an image without loss; returns its path."""
+    return lambda image: image.save(tmp_path / "saved.png") or tmp_path / "saved.png"
+
+
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (224, 224), (65, 48)])
-def test_resize_and_crop_gives_the_pixels_of_torchvision(resize, crop):
+def test_the_centre_has_the_pixels_of_torchvision(saved, resize, crop):
     theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
     images = [noise(*size, seed) for seed, size in enumerate(SIZES)]
     for each in images + [load_rgb(path) for path in PHOTOS]:
-        ours = resize_and_crop(each, resize, crop)
+        ours = load_centre(saved(each), {"resize": resize, "crop": crop})
         assert (ours.shape, ours.dtype) == ((crop, crop, 3), np.uint8)
         apart = np.abs(ours.astype(int) - np.asarray(theirs(each)))
         assert apart.max() <= 2, each.size
         assert (apart > 1).mean() < 1e-4, each.size
 
 
+@pytest.mark.parametrize("width", ["0_5", "1_0", "1_5", "2_0"])
+def test_images_are_prepared_as_the_published_weights_want_them(saved, width):
+    """But for what photographs of the decoder, shrunk, differ: these are no JPEG."""
+    preprocessing = default_preprocessing(f"shufflenet_v2_x{width}")
+    theirs = models.get_model_weights(f"shufflenet_v2_x{width}").DEFAULT.transforms()
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    limit = 2.01 / 255 / min(STD)
+    for image in (noise(300, 241), noise(199, 433)):
+        ours = steps(load_centre(saved(image), preprocessing))
+        assert (ours - theirs(image)).abs().max() < limit
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_decoder_shrinks_photographs_but_never_below_what_is_wanted(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.effect_noise((60, 40), 80).convert("RGB").resize((3000, 2000))
+    photo.save(path := tmp_path / "photo.jpg", quality=95, exif=exif)
+    decoded, draft = [], JpegImagePlugin.JpegImageFile.draft
+
+    def spy(image, mode, size):
+        result = draft(image, mode, size)
+        decoded.append(image.size)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
+        ours = load_centre(path, {"resize": 256, "crop": 224})
+        for pixels, spare in ((1000, 1), (448, 1), (447, 1), (100, 1), (2000, 2)):
+            load_crop(path, lambda w, h, side=pixels: (0, 0, side, side), 224, spare)
+    halves = [3000 / width for width, _ in decoded]
+    # 2000 / (2 x 256) = 3.9; then 1000 / 224 = 4.5, 2, 1.99, 0.4 and 2000 / (2 x 224) = 4.5.
+    assert halves == [2, 4, 2, 1, 1, 4]
+    steps = [transforms.Resize(256), transforms.CenterCrop(224)]
+    theirs = np.asarray(transforms.Compose(steps)(load_rgb(path)))
+    assert np.abs(ours.astype(int) - theirs).mean() < 1
+
+
 LONG = """
-import image, resource
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))  # 256 x 25,600,000 pixels take 26 GB
+import image, resource, sys
 wide = image.Image.new("RGB", (100_000, 1))
 wide.paste("red", (49_992, 0, 50_008, 1))
-for line in (wide, wide.transpose(image.Image.Transpose.ROTATE_90)):
-    print({tuple(p) for p in image.resize_and_crop(line, 256, 224).reshape(-1, 3).tolist()})
+wide.save("wide.png")
+wide.transpose(image.Image.Transpose.ROTATE_90).save("high.png")
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))  # 256 x 25,600,000 pixels take 26 GB
+for name in ("wide.png", "high.png"):
+    pixels = image.load_centre(name, {"resize": 256, "crop": 224})
+    print({tuple(p) for p in pixels.reshape(-1, 3).tolist()})
 """
 
 
-def test_a_line_of_100000_pixels_is_cut_to_its_middle_in_little_memory():
+def test_a_line_of_100000_pixels_is_cut_to_its_middle_in_little_memory(tmp_path):
     words = [sys.executable, "-c", LONG]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.stdout == "{(255, 0, 0)}\n" * 2, run.stderr
 
 

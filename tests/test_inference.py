@@ -12,7 +12,7 @@ import torch
 import inference
 from checkpoint import load_trained
 from cli import RunError, UsageError
-from image import ImageError, load_rgb, resize_and_crop
+from image import ImageError, load_centre
 from inference import OPEN, Classifier, stream, torch_run
 from my_dataset import Normalize
 
@@ -27,7 +27,7 @@ def paths(flowers):
 
 @pytest.fixture(scope="module")
 def expected(run_dir, paths):
-    images = np.stack([resize_and_crop(load_rgb(path), 256, 224) for path in paths])
+    images = np.stack([load_centre(path, {"resize": 256, "crop": 224}) for path in paths])
     trained = load_trained(run_dir / "best.pth")
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     return trained.model(Normalize(trained.preprocessing)(x)).detach().numpy()
@@ -112,7 +112,7 @@ def test_answers_come_in_order_whatever_the_threads_and_the_batch(
 
     found, answers = zip(*stream(paths, slow_at_first, SIZES, threads), strict=True)
     assert list(found) == paths
-    expected = [resize_and_crop(load_rgb(path), 40, 32).mean((0, 1)) for path in paths]
+    expected = [load_centre(path, SIZES).mean((0, 1)) for path in paths]
     assert np.array_equal(answers, expected)
 
 
@@ -136,7 +136,9 @@ def test_no_more_images_are_read_than_the_threads_have_in_hand(paths, monkeypatc
 
 
 def test_answers_that_are_not_finite_are_an_error(paths):
-    with pytest.raises(RunError, match="not finite"):
+    with pytest.raises(
+        RunError, match="use other weights, or a smaller --lr: the answers are not finite"
+    ):
         list(stream(paths, lambda x: np.full((len(x), 2), np.nan), SIZES, threads=2))
 
 

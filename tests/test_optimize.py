@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import optimize
 from model import InvertedResidual, ShuffleNetV2, build_model
-from optimize import DealtStage, optimize_for_inference
+from optimize import DealtStage, optimize_for_inference, optimize_for_training
+from utils import freeze_batch_norm, set_train_mode
 
 # float32 sums in another order; float64 shows that this is all.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -131,14 +131,36 @@ def test_the_model_is_left_as_it_is(model):
 def test_folding_rounds_once_and_on_the_cpu(model, monkeypatch):
     """Each weight is the float32 next to what float64 makes of it, which Apple's GPU lacks."""
     exact = optimize_for_inference(copy.deepcopy(model).double()).state_dict()
-    fold, did = optimize._fold, []
+    double, did = nn.Module.double, []
     monkeypatch.setattr(nn.Module, "cpu", lambda module: did.append(module) or module)
-    monkeypatch.setattr(optimize, "_fold", lambda *args: did.append("fold") or fold(*args))
+    monkeypatch.setattr(nn.Module, "double", lambda net: did.append("double") or double(net))
     optimized = optimize_for_inference(model).state_dict()
     assert type(did[0]) is ShuffleNetV2
     assert did[0] is not model
-    assert set(did[1:]) == {"fold"}
+    assert did[1:] == ["double"]
     assert all(torch.equal(value, exact[name].float()) for name, value in optimized.items())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frozen_batch_norm_folds_into_what_learns_with_the_same_gradients(name):
+    torch.manual_seed(0)
+    model = trained(build_model(name, 10)).double()
+    freeze_batch_norm(model)
+    learner, x = optimize_for_training(model), torch.randn(2, 3, 64, 64).double()
+    expected, found = [], []
+    for network, figures in ((model, expected), (learner, found)):
+        set_train_mode(network)
+        figures.append(network(x))
+        nn.functional.cross_entropy(figures[0], torch.tensor([1, 7])).backward()
+        for parameter in model.parameters():  # both networks have the same ones
+            figures.append(parameter.grad)
+            parameter.grad = None
+    for one, two in zip(expected, found, strict=True):
+        assert (one is None) is (two is None)  # of batch norm
+        assert one is None or (one - two).abs().max() <= 1e-12 * one.abs().max()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in learner.modules())
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert [id(p) for p in learner.parameters()] == [id(p) for p in learnt]  # in this order
 
 
 @pytest.mark.parametrize("part", ["whole", "one batch norm"])

@@ -15,7 +15,7 @@ from torchvision import transforms
 import predict
 import utils
 from cli import RunError, UsageError
-from folders import split_images, with_labels
+from folders import BadImages, split_images, with_labels
 from image import IMAGENET_MEAN, IMAGENET_STD, default_preprocessing
 from model import build_model, shufflenet_v2_x0_5
 from my_dataset import DeviceLoader, MyDataSet, train_transform
@@ -28,7 +28,7 @@ V1, V2 = "shufflenet_v1_x0_25_g3", "shufflenet_v2_x0_5"
 def loader(flowers):
     train = split_images(flowers, 0.25, 0).train
     dataset = MyDataSet(*with_labels(train, list(train)), train_transform(64), seed=0)
-    return DeviceLoader(dataset, CPU, default_preprocessing(V2), batch_size=8)
+    return DeviceLoader(dataset, CPU, default_preprocessing(V2), 8, 0, BadImages(30))
 
 
 @pytest.fixture
