@@ -258,7 +258,7 @@ def run(main: Callable[[], object]) -> NoReturn:
     code = 1
     try:
         main()
-        sys.exit(0)
+        os._exit(0)  # all is written, and Python would take up to a second to put torch away
     except UsageError as error:
         code, text = 2, str(error)
     except BrokenPipeError:  # `| head` has read enough
