@@ -146,12 +146,10 @@ def main(args: cli.Words = None) -> dict:
     # Output.
     output_dir = cli.make_folder(args.output_dir, args.name or args.model)
     args.output_dir, args.data_path = str(output_dir), str(root.resolve())
-    options = {name: value for name, value in vars(args).items() if name not in ("words", "resume")}
-    options |= {"data": folders.fingerprint(parts), "typed": shlex.join(args.words)}
-    options["date"] = f"{datetime.now():%Y-%m-%d %H:%M}"
     about = {"model_name": args.model, "classes": classes, "preprocessing": preprocessing}
+    about["args"] = describe(args, folders.fingerprint(parts), state)
     with locked(output_dir):
-        run = runs.Run(output_dir, about | {"args": options}, state)
+        run = runs.Run(output_dir, about, state)
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
         if doubts:
             save_rows(doubts, output_dir / "doubts.csv")
@@ -188,26 +186,25 @@ def main(args: cli.Words = None) -> dict:
             if cached:
                 learner.fold_into(model.fc)
                 learning["head"] = learner.state_dict()
-            rate = "" if cached else f"{row['images_per_second']:.0f} img/s  "
-            left = timedelta(seconds=round(row["seconds"] * (args.epochs - row["epoch"])))
             better = run.record(row, confusion, model, learning)
+            left = timedelta(seconds=round(row["seconds"] * (args.epochs - row["epoch"])))
             cli.say(
                 f"epoch {row['epoch']}/{args.epochs}  lr {row['lr']:.4g}  "
                 f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
                 f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}  "
-                f"{rate}{row['seconds']:.1f} s, {left} left{'  best' if better else ''}"
+                f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} img/s  {left} left"
+                f"{'  best' * better}"
             )
             if run.stalled(args.patience):
                 notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
                 break
         run.finish()
 
-    best = {"best_accuracy": run.best["accuracy"], "best_epoch": run.best["epoch"]}
-    counts = {"epochs": run.epoch, "train_images": len(train[0]), "val_images": len(val[0])}
     best_file = output_dir / "best.pth"
     notice(f"{best_file} holds epoch {run.best['epoch']}; next: predict.py IMAGE, or eval.py")
-    seconds = round(time.perf_counter() - start, 2)
-    summary = best | counts | {"seconds": seconds, "output_dir": args.output_dir}
+    summary = {"best_accuracy": run.best["accuracy"], "best_epoch": run.best["epoch"]}
+    summary |= {"epochs": run.epoch, "train_images": len(train[0]), "val_images": len(val[0])}
+    summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": args.output_dir}
     cli.say(json.dumps(summary))
     return summary
 
@@ -260,6 +257,17 @@ def fetch(args: argparse.Namespace) -> Path:
     if errors:
         raise RunError("; and ".join(errors))
     return Path(args.data_path)
+
+
+def describe(args: argparse.Namespace, data: str, state: dict | None) -> dict:
+    """The options as checkpoints keep them, with the fingerprint of the data, and date and words of
+    the start."""
+    options = {name: value for name, value in vars(args).items() if name not in ("words", "resume")}
+    now = f"{datetime.now():%Y-%m-%d %H:%M}"
+    began = state["args"] if state else {"data": data, "date": now, "typed": shlex.join(args.words)}
+    if began["data"] != data:
+        notice(f"{args.data_path} holds other images than when the run began")
+    return options | {name: began[name] for name in ("data", "date", "typed")}
 
 
 def settle(args: argparse.Namespace, new_fc: bool) -> None:
