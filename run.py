@@ -44,7 +44,8 @@ def load(path: Path, parser: cli.Parser, args: argparse.Namespace) -> tuple:
             raise UsageError(f"omit {flag}, or start a new run: {path} began with {began[name]}")
     if args.epochs != began["epochs"]:
         notice(f"--epochs {args.epochs}, was {began['epochs']}: the rates ahead change, too")
-    done, best = len(state["seconds"]), state["best"] or {"accuracy": 0, "epoch": 0}
+    done = state["history"][-1]["epoch"] if state["history"] else 0
+    best = state["best"] or {"accuracy": 0.0, "epoch": 0}
     record = f"best accuracy {best['accuracy']:.4f} in epoch {best['epoch']}"
     notice(f"resuming {path.parent}: {done} of {args.epochs} epochs are done, {record}")
     return state, args

@@ -107,7 +107,8 @@ def main(args: cli.Words = None) -> dict:
         raise UsageError(f"--model {args.model}: use one of {', '.join(VARIANTS)}")
     device = utils.choose_device(args.device)
     amp = utils.use_bfloat16(device, args.amp)
-    torch.set_num_threads(min(torch.get_num_threads(), cli.cores()))
+    threads = min(torch.get_num_threads(), cli.cores())
+    torch.set_num_threads(1)  # a head is too small to be shared: threads would wait for each other
 
     # Data.
     root = fetch(args)
@@ -171,6 +172,7 @@ def main(args: cli.Words = None) -> dict:
             if learning:
                 learner.load_state_dict(learning["head"])
         else:
+            torch.set_num_threads(threads)
             learner = optimize_for_training(model) if args.freeze_bn else model
             crop = args.train_size or preprocessing["crop"]
             train_set = MyDataSet(*train, train_transform(crop, args.random_erase), args.seed)
