@@ -15,9 +15,11 @@ torchvision's, the tutorial's, and those wrapped by DataParallel, torch.compile,
 """
 
 import argparse
+import contextlib
 import io
 import json
 import re
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -125,7 +127,8 @@ def imagenet_weights(model_name: str) -> dict[str, Tensor]:
     if place.exists():
         return state_dict_of(load(place), place)
     try:
-        return published.get_state_dict(check_hash=True, weights_only=True)
+        with contextlib.redirect_stdout(sys.stderr):  # only results belong on stdout
+            return published.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:  # no network, or a wrong hash
         reason = str(getattr(error, "reason", error)).splitlines()[0]
         raise RunError(

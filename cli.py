@@ -189,8 +189,8 @@ def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
 
 def require_data(path: str) -> None:
     """Raise UsageError unless the folder exists or is downloaded if absent."""
-    if path != FLOWER_PHOTOS:
-        require_path(path, "--data-path", folder=True)
+    if path != FLOWER_PHOTOS and not os.path.isdir(path):
+        raise UsageError(f"use --data-path for the folder of the images: there is none at {path}")
 
 
 def refuse_run(folder: str | Path) -> None:
@@ -241,7 +241,8 @@ def check_file(flag: str, path: str, suffixes: Sequence[str]) -> Path:
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{flag} {path}: the suffix must be {' or '.join(suffixes)}")
-    require_path(path.parent, flag, folder=True)
+    if not path.parent.is_dir():
+        raise UsageError(f"{flag} {path}: make the folder {path.parent} first")
     try:
         with open(path, "ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
             return path

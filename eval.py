@@ -26,10 +26,11 @@ def build_parser() -> cli.Parser:
         help="a folder per class, or train/ and val/ (or test/) of such folders (if omitted: that "
         "of the run)")
     add("--split", choices=("val", "train", "all"),
-        help="the part to measure (if omitted: val of what the run was trained on, all of others)")
+        help="part to measure (if omitted: val of what the run was trained on, or where there is a "
+        "val/; else all)")
     cli.add_inference(parser.add_argument_group("network"))
     parser.add_argument_group("output").add_argument("--output-dir", metavar="DIR",
-        help="(if omitted: runs/DATE-eval-SPLIT)")
+        help="folder for tables and drawings (if omitted: runs/DATE-eval-SPLIT)")
     # fmt: on
     return parser
 
@@ -73,8 +74,10 @@ def main(args: cli.Words = None) -> dict:
         raise UsageError(f"{root}: {weights} knows no class called {unknown[0]}, only {known}")
     paths, labels = folders.with_labels(images, classes)
     cli.introduce(weights, network, f"; {network.computed_by}")
-    whose = "" if trained_on else "not "
-    notice(f"{root}: {split}, {len(paths)} images; {whose}the files that the run was trained on")
+    whose = "what the run was trained on" if trained_on else "not what the run was trained on"
+    if not trained_on and str(root.resolve()) == network.args.get("data_path"):
+        whose = "changed since the run learnt from it, which flatters accuracy"
+    notice(f"{root}: {split}, {len(paths)} images; {whose}")
     output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
     bad = folders.BadImages(len(paths))
     answers = cli.progress(network.stream(paths, args.workers), "evaluating", len(paths))

@@ -31,7 +31,7 @@ def build_parser() -> cli.Parser:
     # fmt: off
     parser.add_argument("--weights", metavar="FILE",
         help="best.pth of a run, or a bare state dict (if omitted: the newest runs/*/best.pth)")
-    parser.add_argument("--output", default="model.onnx", metavar="FILE", help="what is written")
+    parser.add_argument("--output", default="model.onnx", metavar="FILE", help="file to write")
     # fmt: on
     return parser
 

@@ -65,7 +65,7 @@ def find_images(root: str | Path) -> Images:
         raise UsageError(f"{hint}{root} holds no class folders with images; {layout}")
     if loose:
         notice(f"skipped images of {root} that lie in no class folder: {loose}")
-    if all(os.path.dirname(paths[0]) != f"{root}/{name}" for name, paths in images.items()):
+    if all(os.path.dirname(paths[0]) != os.path.join(root, name) for name, paths in images.items()):
         deeper = Path(root, next(iter(images)))
         notice(f"if each folder of {root} is a data set and no class, name one, such as {deeper}")
     return images
@@ -143,7 +143,7 @@ def split_images(
     train, val = parts if len(parts) == 2 else _draw(parts[0], equal, val_rate, seed)
     if len(train) < 2:
         deeper = Path(root, *train)
-        raise UsageError(f"name {deeper} if the classes lie in it: {root} has no other class")
+        raise UsageError(f"name {deeper} if the classes lie in it: {root} has only this class")
     for name in sorted(train.keys() | val.keys()):
         counts = [len(side.get(name, [])) for side in (train, val)]
         if 0 in counts:
@@ -163,7 +163,7 @@ def _draw(images: Images, equal: list, val_rate: float, seed: int) -> tuple[Imag
         if not drawn.issuperset(same):
             drawn.difference_update(same)
     if equal:
-        notice(f"images that are there more than once, kept on one side: {len(equal)}")
+        notice(f"copies are kept on one side, those of {len(equal)} images")
     train = {name: [p for p in paths if p not in drawn] for name, paths in images.items()}
     val = {name: [p for p in paths if p in drawn] for name, paths in images.items()}
     return train, val
@@ -182,7 +182,7 @@ def _doubts(train: Images, val: Images, equal: list) -> list[dict]:
     rows = []
     for problem, groups in doubts.items():
         if groups:
-            notice(f"{problem.upper()}: {len(groups)} times, such as {' and '.join(groups[0])}")
+            notice(f"{problem.upper()}, {len(groups)} times; the first: {' and '.join(groups[0])}")
         for number, path in ((n, path) for n, same in enumerate(groups, 1) for path in same):
             about = {"problem": problem, "number": number, "path": path}
             rows.append(about | dict(zip(("class", "side"), place[path], strict=True)))

@@ -26,13 +26,13 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Classify images with a trained network.")
     # fmt: off
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR",
-        help="images, and folders in which to look for them, also below")
+        help="images, or folders that are searched for images")
     cli.add_inference(parser.add_argument_group("network"))
     add = parser.add_argument_group("output").add_argument
     add("--topk", type=cli.number(int, 1), metavar="K",
-        help="classes per image, at most as many as there are (if omitted: 5, or 1 in a line)")
-    add("--unsure", type=cli.number(float, 0, 1), default=0.0, metavar="PROB",
-        help="mark answers that are less probable")
+        help="classes per image (if omitted: 5; 1 if there are several images)")
+    add("--unsure", type=cli.number(float, 0, 1), metavar="PROB",
+        help="mark answers whose probability is below PROB")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--output", metavar="FILE.csv", help="write a table, print nothing")
     add("--save-plot", metavar="FILE", help="draw the images with their classes")
@@ -82,9 +82,9 @@ def main(args: cli.Words = None) -> list[dict]:
         save_rows([_row(**result) for result in results], args.output)
     if len(paths) > 1:
         counts = Counter(result["predictions"][0]["class"] for result in results)
-        if args.unsure:
-            counts["unsure"] = sum(result["unsure"] for result in results)
         parts = ", ".join(f"{name} {count}" for name, count in counts.most_common(20))
+        unsure = sum(result.get("unsure", False) for result in results)
+        parts += f"; {unsure} of them unsure (below {args.unsure:g})" if args.unsure else ""
         notice(f"{len(results)} images in {time.perf_counter() - start:.1f} s: {parts}")
     if results and (args.save_plot or args.show):
         _plot(results, args)

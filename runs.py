@@ -13,9 +13,12 @@ import cli
 def main(args: cli.Words = None) -> list[dict]:
     """Print a line per run below a folder; returns what the lines say."""
     parser = cli.Parser(description="List training runs, oldest first.")
-    parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="of runs")
+    parser.add_argument(
+        "folder", nargs="?", default="runs", metavar="FOLDER", help="folder of the runs"
+    )
     folder = cli.parse(parser, args).folder
-    cli.require_path(folder, "FOLDER", folder=True)
+    if not Path(folder).is_dir():
+        raise cli.UsageError(f"run train.py first, or name a folder: there is no {folder}/ here")
     runs = []
     for file in Path(folder).glob("*/args.json"):
         options = json.loads(file.read_text(encoding="utf-8"))
@@ -25,7 +28,7 @@ def main(args: cli.Words = None) -> list[dict]:
         run = {"date": options["date"], "best_accuracy": best}
         run |= {"epochs": rows[-1]["epoch"] if rows else 0, "run": str(file.parent)}
         runs.append(run | {"data": options["data_path"], "options": options["typed"]})
-    for run in sorted(runs, key=lambda run: run["date"]):
+    for run in sorted(runs, key=lambda run: (run["date"], run["run"])):
         cli.say(cli.printable("  ".join(map(str, run.values()))))
     return runs
 

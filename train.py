@@ -33,26 +33,27 @@ def build_parser() -> cli.Parser:
     add("--val-rate", type=cli.number(float, 1e-6, 0.99), default=0.2, metavar="SHARE",
         help="share of every class that is drawn for validation")
     add("-j", "--workers", type=cli.number(int, 0), default=min(max(1, cli.cores() - 1), 8),
-        metavar="N", help="threads that read images beside training; 0 reads in between")
+        metavar="N", help="threads that read images beside training; 0 reads between the steps")
 
     network = parser.add_argument_group("network")
     add = network.add_argument
     add("--model", default="shufflenet_v2_x1_0", metavar="NAME",
         help="shufflenet_v2_ x0_5, x1_0, x1_5, x2_0, or shufflenet_v1_ x0_25 to x2_0 _g1 to _g8")
     add("--weights", default="", metavar="FILE",
-        help="a file to start from, or 'imagenet' for torchvision's weights (downloaded)")
+        help="weights to start from: a file, or 'imagenet' for torchvision's (downloaded)")
     cli.add_switch(network, "freeze-layers", "train only the last layer, fc")
     add("--cache-features", action=argparse.BooleanOptionalAction, default=True,
         help="with --freeze-layers: compute what fc sees of each image once, and keep it in .cache")
-    cli.add_switch(network, "fc-first", "train fc alone first, which would spoil the other layers "
-        "(if omitted: if --weights leave it new)", default=None)
+    cli.add_switch(network, "fc-first", "train fc alone first, then every layer: the gradients of "
+        "a new fc would spoil them (if omitted: when --weights leaves fc new)", default=None)
     cli.add_switch(network, "freeze-bn", "keep batch norm's statistics, scale and shift (if "
-        "omitted: with --fc-first)", default=None)
+        "omitted: as --fc-first)", default=None)
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, metavar="N",
         help="passes over the data (default: 30; after --fc-first 16)")
-    add("-b", "--batch-size", type=count, metavar="N", help="(default: 16; cached features 64)")
+    add("-b", "--batch-size", type=count, metavar="N", 
+        help="images per step (default: 16; with cached features 64)")
     add("--lr", type=cli.number(float, 1e-30), metavar="RATE",
         help="first learning rate (default: 0.01; cached features 0.03; after --fc-first 0.003)")
     add("--lrf", type=share, metavar="SHARE",
@@ -71,10 +72,10 @@ def build_parser() -> cli.Parser:
         help="compute in bfloat16 (if omitted: on NVIDIA's GPUs that have it)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output-dir", metavar="DIR", help="folder of this run (if omitted: runs/DATE-NAME)")
-    add("--name", metavar="NAME", help="what to call the run (if omitted: the model)")
+    add("--output-dir", metavar="DIR", help="folder of the run (if omitted: runs/DATE-NAME)")
+    add("--name", metavar="NAME", help="name of the run (if omitted: the model)")
     add("--resume", nargs="?", const="", metavar="FILE",
-        help="go on from last.pth: FILE, or that of --output-dir, or of the newest run")
+        help="resume from last.pth: FILE, or that of --output-dir, or of the newest run")
     # fmt: on
     return parser
 
@@ -104,7 +105,10 @@ def main(args: cli.Words = None) -> dict:
     if last:
         state, args = runs.load(last, build_parser(), args)
     if args.model not in VARIANTS:
-        raise UsageError(f"--model {args.model}: use one of {', '.join(VARIANTS)}")
+        raise UsageError(
+            f"--model {args.model}: use shufflenet_v2_x0_5, _x1_0, _x1_5 or _x2_0, or one of "
+            "shufflenet_v1_x0_25_g1 to shufflenet_v1_x2_0_g8"
+        )
     device = utils.choose_device(args.device)
     amp = utils.use_bfloat16(device, args.amp)
     threads = min(torch.get_num_threads(), cli.cores())
@@ -136,7 +140,7 @@ def main(args: cli.Words = None) -> dict:
             new_fc = checkpoint.load_pretrained(model, args.model, args.weights, classes)
         settle(args, new_fc)
     if args.batch_size > len(train[0]):
-        notice(f"use a smaller --batch-size: {args.batch_size} makes an epoch a single step")
+        notice(f"use a smaller --batch-size: {args.batch_size} images are more than there are")
     if args.freeze_layers:
         utils.freeze_layers(model)
     if args.freeze_bn:
@@ -182,8 +186,10 @@ def main(args: cli.Words = None) -> dict:
 
         if run.stalled(args.patience):  # as the run was before it was resumed
             args.epochs = run.epoch
-        bfloat16 = amp and not cached
-        steps = fit(learner, loader, validate, device, args, bfloat16, run.epoch, learning)
+        # What fc learnt from few images is steep; gradients through it may not carry the rest off.
+        clip = 5.0 if args.fc_first else None
+        amp = amp and not cached
+        steps = fit(learner, loader, validate, device, args, amp, clip, run.epoch, learning)
         for row, confusion, learning in steps:
             if cached:
                 learner.fold_into(model.fc)
@@ -203,7 +209,8 @@ def main(args: cli.Words = None) -> dict:
         run.finish()
 
     best_file = output_dir / "best.pth"
-    notice(f"{best_file} holds epoch {run.best['epoch']}; next: predict.py IMAGE, or eval.py")
+    next_step = f"python predict.py IMAGE --weights {best_file}, or python eval.py"
+    notice(f"{best_file} holds epoch {run.best['epoch']}; next: {next_step}")
     summary = {"best_accuracy": run.best["accuracy"], "best_epoch": run.best["epoch"]}
     summary |= {"epochs": run.epoch, "train_images": len(train[0]), "val_images": len(val[0])}
     summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": args.output_dir}
@@ -212,14 +219,14 @@ def main(args: cli.Words = None) -> dict:
 
 
 def fit(
-    learner, loader, validate, device, options, amp=False, first=0, learning=None
+    learner, loader, validate, device, options, amp=False, clip=None, first=0, learning=None
 ) -> Iterator[tuple]:
     """Train the network, or the head on cached features, and validate it, epoch after epoch.
 
     `validate` notes its figures in the dict `log`, as utils.evaluate does. `options` holds epochs,
-    lr, lrf and weight_decay. `first` epochs are done, and `learning` is the state given after them.
-    Yields after every epoch its row of figures, the confusion matrix, and the state of what learns.
-    RunError if the loss is not finite, or no image can be read.
+    lr, lrf and weight_decay; `clip` is the largest norm of the gradients of a step. `first` epochs
+    are done, and `learning` is the state given after them. Yields after every epoch its row of
+    figures, the confusion matrix, and the state of what learns. RunError if the loss is not finite.
     """
     import torch
 
@@ -230,6 +237,12 @@ def fit(
     optimizer = torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=decay)
     if learning:
         optimizer.load_state_dict(learning["optimizer"])
+    if clip:
+
+        def shorten(*step) -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+
+        optimizer.register_step_pre_hook(shorten)
     for epoch in range(first, options.epochs):
         lr = cosine_lr(options.lr, options.lrf, epoch, options.epochs)
         for group in optimizer.param_groups:
@@ -315,7 +328,7 @@ def check(args: argparse.Namespace) -> Path | None:
     if args.fc_first and (args.freeze_layers or not (args.cache_features and args.weights)):
         raise UsageError("--fc-first: add --weights, omit --freeze-layers and --no-cache-features")
     if (args.freeze_layers or args.freeze_bn) and not args.weights:
-        notice("what is frozen holds random weights, since there is no --weights")
+        notice("add --weights: what is frozen holds random weights")
     return None
 
 

@@ -32,7 +32,7 @@ from model import build_model  # noqa: E402
 WEIGHTS, SMALL = ["--weights", "weights.pth"], ["--train-size", 64]
 KINDS = {
     "all layers": SMALL,
-    "two workers": [*SMALL, "--workers", 2],
+    "two threads": [*SMALL, "--workers", 2],
     "amp": [*SMALL, "--amp"],
     "more options": [*SMALL, *WEIGHTS, "--freeze-bn", "--random-erase", 0.5, "--patience", 4],
     "cached features": [*WEIGHTS, "--freeze-layers", "--batch-size", 8],

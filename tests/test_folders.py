@@ -141,7 +141,7 @@ def test_photographs_are_split_as_the_tutorial_splits_them_but_for_duplicates():
 
 def test_a_class_too_small_for_both_sides_is_an_error_that_names_it(tmp_path):
     fill(tmp_path, daisy=9)
-    with pytest.raises(UsageError, match=f"name {tmp_path}/daisy if .*{tmp_path} has no other"):
+    with pytest.raises(UsageError, match=f"name {tmp_path}/daisy if .*{tmp_path} has only this"):
         split_images(tmp_path, 0.2, 0)
     put(tmp_path / "rose/0.jpg", "the same")
     with pytest.raises(
@@ -159,9 +159,9 @@ def test_a_class_too_small_for_both_sides_is_an_error_that_names_it(tmp_path):
 def test_exact_copies_stay_together_and_a_notice_says_so(tmp_path, capsys, place):
     fill(tmp_path, daisy=6, rose=6)
     pair = {put(tmp_path / "daisy/000.jpg", "the same"), put(tmp_path / place, "the same")}
-    said = ["images that are there more than once, kept on one side: 1"]
+    said = ["copies are kept on one side, those of 1 images"]
     if "rose" in place:
-        said += [f"THE SAME IMAGE IN TWO CLASSES: 1 times, such as {' and '.join(sorted(pair))}"]
+        said += [f"THE SAME IMAGE IN TWO CLASSES, 1 times; the first: {' and '.join(sorted(pair))}"]
     found, parted = find_images(tmp_path), 0
     for seed in range(20):
         *sides, doubts = split_images(tmp_path, 0.4, seed)
@@ -215,7 +215,7 @@ def test_an_image_in_both_train_and_val_is_noticed_and_stays(tmp_path, capsys):
         put(tmp_path / f"train/daisy/{name}.jpg", "another")
     train, val, doubts = split_images(tmp_path, 0.2, 0)
     assert [side["rose"][3] for side in (train, val)] == shared
-    said = f"THE SAME IMAGE ON BOTH SIDES: 1 times, such as {' and '.join(shared)}\n"
+    said = f"THE SAME IMAGE ON BOTH SIDES, 1 times; the first: {' and '.join(shared)}\n"
     assert capsys.readouterr().err == said
     about = {"problem": "the same image on both sides", "number": 1, "class": "rose"}
     assert doubts == [

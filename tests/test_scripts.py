@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from argparse import Namespace
 from contextlib import suppress
 
 import numpy as np
@@ -176,7 +177,7 @@ def test_runs_are_named_and_listed_with_the_images_to_doubt(flowers, tmp_path, c
     rows = table(folder, "doubts.csv")
     assert [row["class"] for row in rows] == ["roses", "tulips"]
     assert {row["problem"] for row in rows} == {"the same image in two classes"}
-    assert "use a smaller --batch-size: 50 makes an epoch a single" in capsys.readouterr().err
+    assert "use a smaller --batch-size: 50 images are more than" in capsys.readouterr().err
     ((date, best, epochs, place, where, typed),) = (listed.values() for listed in runs.main([]))
     assert (place, best) == (f"runs/{folder.name}", summary["best_accuracy"])
     assert (epochs, where) == ("1", str(data))
@@ -189,6 +190,18 @@ def test_all_that_cannot_be_had_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(RunError, match=r"flower_photos.tgz and put .*; and fetch .*x1-5666bf0f80"):
         train.main(["--weights", "imagenet"])
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_steep_gradients_move_the_weights_no_further_than_the_clip(clip):
+    learner, batch = torch.nn.Linear(4, 2), (torch.full((8, 4), 1e4), torch.arange(8) % 2)
+    before = torch.cat([value.flatten().clone() for value in learner.parameters()])
+    options = Namespace(epochs=1, lr=1.0, lrf=1.0, weight_decay=0)
+    validate = lambda log: log.update(val_loss=0.0, confusion=None)  # noqa: E731
+    next(train.fit(learner, [batch], validate, torch.device("cpu"), options, clip=clip))
+    after = torch.cat([value.flatten() for value in learner.parameters()])
+    moved = (after - before).norm().item()
+    assert moved == pytest.approx(5, rel=1e-3) if clip else moved > 1000
 
 
 def test_typed_options_win_over_those_of_cached_features(flowers, tmp_path, torchvision_file):
@@ -227,7 +240,7 @@ def test_v1_trains_from_nothing_with_amp(flowers, tmp_path, capsys):
     train.main(small(flowers, tmp_path / "out", *options, "--no-cache-features"))
     err = capsys.readouterr().err
     assert "training on cpu in bfloat16" in err
-    assert "what is frozen holds random weights" in err
+    assert "add --weights: what is frozen holds random weights" in err
     assert load(tmp_path, "out", "best.pth")["model_name"] == "shufflenet_v1_x0_25_g3"
 
 
@@ -279,12 +292,12 @@ def test_patience_ends_a_run_that_gets_no_better(flowers, tmp_path, torchvision_
 
 
 MISTAKES = [
-    ("train.py --data-path file", "--data-path file: not a folder"),
+    ("train.py --data-path file", "use --data-path for .*: there is none at file"),
     ("train.py --data-path . --weights no.pth", "--weights no.pth: no such file"),
     ("train.py --data-path .", ". holds no class folders with images"),
     ("train.py --resume", "there is no runs/./last.pth here"),
     ("train.py --resume file", "--resume file: name the folder of a run, or its last.pth"),
-    ("train.py --data-path . --model x", "--model x: use one of .*shufflenet_v2_x1_0"),
+    ("train.py --data-path . --model x", "--model x: use shufflenet_v2_x0_5, _x1_0"),
     ("train.py --data-path . --device cuda:99", "--device cuda:99: use .*cpu"),
     ("train.py --data-path FLOWERS --output-dir file/x", "name another --output-dir: file/x"),
     ("train.py --data-path FLOWERS --weights imagenet --model V1", "torchvision has none for .*v1"),
@@ -292,11 +305,14 @@ MISTAKES = [
     ("train.py --freeze-layers --data-path . --random-erase 0.5", "--no-cache-features"),
     ("train.py --fc-first --data-path .", "--fc-first: add --weights, omit"),
     ("train.py --data-path FLOWERS --output-dir RUN", "holds a run: add --resume, or name another"),
-    ("eval.py --data-path nowhere", "--data-path nowhere: no such folder"),
+    ("eval.py --data-path nowhere", "use --data-path for .*: there is none at nowhere"),
     ("predict.py no.jpg", "image no.jpg: no such file"),
     ("predict.py . --weights file", ".: no images in it, by their suffix"),
     ("predict.py file --weights file --save-plot x.txt", "the suffix must be .png or .jpg"),
-    ("predict.py file --weights file --output no/x.csv", "--output no: no such folder"),
+    (
+        "predict.py file --weights file --output no/x.csv",
+        "--output no/x.csv: make the folder no first",
+    ),
     ("predict.py file --weights file --output d.csv", "--output d.csv: name another place: Is a"),
     ("export.py --weights no.pth", "--weights no.pth: no such file"),
 ]
@@ -334,7 +350,11 @@ def test_help_groups_options_prints_defaults_and_imports_nothing_heavy(shell, sc
 # -- eval.py -------------------------------------------------------------------------------------
 
 
-def test_eval_repeats_the_validation_of_training_for_any_threads(run_dir):
+@pytest.mark.parametrize("more", [[], ["--amp"]])
+def test_eval_repeats_the_validation_of_training_for_any_threads(flowers, run_dir, tmp_path, more):
+    """In float32, also where training is not."""
+    if more:
+        train.main(small(flowers, run_dir := tmp_path / "out", "--epochs", 1, *more))
     best = load(run_dir, "best.pth")["metrics"]
     for threads in (1, 4):
         result = evaluation.main(["--weights", run_dir / "best.pth", "-j", threads])
@@ -366,8 +386,12 @@ def test_eval_takes_the_validation_part_of_what_the_run_saw_and_all_of_another(
         result = evaluation.main(["--data-path", place, "--weights", run_dir / "best.pth"])
         assert (result["split"], result["images"]) == (split, images)
         whose = "" if place == "moved" else "not "
-        said = f"{place}: {split}, {images} images; {whose}the files that the run was trained on\n"
+        said = f"{place}: {split}, {images} images; {whose}what the run was trained on\n"
         assert said in capsys.readouterr().err
+    train.main(small("moved", "out", "--epochs", 1))
+    shutil.copy("moved/roses/roses_000.jpg", "moved/roses/one more.jpg")
+    evaluation.main(["--weights", "out/best.pth"])
+    assert "all, 41 images; changed since the run learnt from it" in capsys.readouterr().err
 
 
 def test_eval_prints_a_table_and_leaves_files(flowers, run_dir, capsys):
@@ -445,7 +469,7 @@ def test_predict_prints_a_line_for_each_of_several_images_and_a_summary(flowers,
     assert first.startswith(f"{run_dir}/best.pth: shufflenet_v2_x0_5, 5 classes (daisy, dandel")
     assert first.endswith("), resize 256, crop 224; PyTorch on cpu")
     assert last.startswith("9 images in ")
-    assert f"unsure {sum(result['unsure'] for result in results)}" in last
+    assert last.endswith(f"; {sum(r['unsure'] for r in results)} of them unsure (below 0.5)")
     predict.main([*words, "--topk", 2])
     assert all(line.count("0.") >= 2 for line in capsys.readouterr().out.splitlines())
 

@@ -47,7 +47,7 @@ EXTENSIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_tile": "AMX", "avx512_b
 TURN = 128  # images of a turn of `inference`, or one batch if that has more
 # Commands by what is trained (up to a comma), and what differs from baseline.py besides speed.
 CACHED = "standardised features, no augmentation, batch norm frozen, lr 0.03, batch 64, decay 0.1"
-RECIPE = "train.py --fc-first --freeze-bn --train-size 176 --random-erase 0.25"
+RECIPE = "train.py --train-size 176 --random-erase 0.25"
 OURS = {
     "fc": {"train.py --freeze-layers": CACHED, "train.py --freeze-layers, again": CACHED},
     "all": {
