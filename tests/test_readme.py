@@ -14,7 +14,8 @@ from conftest import ROOT
 
 READMES = ["README.md", "README.zh-CN.md"]
 DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
-LONG = ("tools/benchmark.py", "tests/soak.py")  # take minutes, and are tested elsewhere
+# These take minutes, and are tested elsewhere.
+LONG = ("tools/benchmark.py", "tools/baseline.py", "tests/soak.py")
 
 
 def read(page):
