@@ -93,7 +93,8 @@ def load_crop(
     with _opened(path) as image:
         width, height = image.size
         with suppress(Exception):  # damaged EXIF
-            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
+            on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            if on_its_side and image.format != "TIFF":  # whose size Pillow gives upright
                 width, height = height, width
         box = crop(width, height)
         least = max(1, min(box[2] - box[0], box[3] - box[1]) / (spare * side))

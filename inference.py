@@ -224,8 +224,4 @@ def validate_network(
     run = torch_run(optimize_for_inference(model.eval()), device, preprocessing)
     answers = cli.progress(stream(paths, run, preprocessing, cli.cores()), "validation", len(paths))
     tally, _ = measure(answers, labels, range(model.fc.out_features), bad)
-    if not tally.images:
-        raise RunError("no image to validate on can be read")
-    figures = tally.figures()
-    log |= {"val_loss": figures["loss"], "val_accuracy": figures["accuracy"]}
-    log["confusion"] = tally.confusion
+    tally.note(log)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from cli import RunError
+
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities float64 (n, classes) of logits (n, classes)."""
@@ -19,6 +21,12 @@ class Tally:
         self._loss_sum = 0.0
         self._top5_hits = 0
 
+    def note(self, log: dict) -> None:
+        """Put into `log` what a run keeps of a validation."""
+        figures = self.figures()
+        log |= {"val_loss": figures["loss"], "val_accuracy": figures["accuracy"]}
+        log["confusion"] = self.confusion
+
     def add(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Count answers, logits (n, classes), against class indices (n,); returns losses (n,)."""
         wide = logits.astype(np.float64)
@@ -32,7 +40,10 @@ class Tally:
         return losses
 
     def figures(self) -> dict:
-        """Mean loss; accuracy and top5, 0 to 1 (None for five classes or fewer); images."""
+        """Mean loss; accuracy and top5, 0 to 1 (None for five classes or fewer); images. RunError
+        if none could be read."""
+        if not self.images:
+            raise RunError("none of the images to measure on can be read")
         return {
             "accuracy": float(self.confusion.trace() / self.images),
             "top5": self._top5_hits / self.images if len(self.confusion) > 5 else None,

@@ -35,7 +35,9 @@ def build_parser() -> cli.Parser:
         help="mark answers whose probability is below PROB")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--output", metavar="FILE.csv", help="write a table, print nothing")
-    add("--save-plot", metavar="FILE", help="draw the images with their classes")
+    add("--save-plot", metavar="FILE", 
+        help="draw the images with their classes; right or wrong in blue or orange where the "
+        "folder of an image is called as a class")
     add("--show", action="store_true", help="draw them in a window")
     # fmt: on
     return parser
@@ -87,7 +89,7 @@ def main(args: cli.Words = None) -> list[dict]:
         parts += f"; {unsure} of them unsure (below {args.unsure:g})" if args.unsure else ""
         notice(f"{len(results)} images in {time.perf_counter() - start:.1f} s: {parts}")
     if results and (args.save_plot or args.show):
-        _plot(results, args)
+        _plot(results, classifier.classes, args)
     if failed:
         raise RunError(f"{failed} of {len(paths)} images could not be read, named above")
     return results
@@ -123,7 +125,8 @@ def _row(path: str, predictions: list[dict], weights: str, **more) -> dict:
     return cells | more
 
 
-def _plot(results: list[dict], args: argparse.Namespace) -> None:
+def _plot(results: list[dict], classes: list[str], args: argparse.Namespace) -> None:
+    """Where the folder of an image is called as a class, that is taken for its truth."""
     import plots
 
     if len(results) > PANELS:
@@ -133,8 +136,10 @@ def _plot(results: list[dict], args: argparse.Namespace) -> None:
         first, *others = (
             f"{plots.short(g['class'])} {g['prob']:.3f}" for g in result["predictions"]
         )
+        truth = os.path.basename(os.path.dirname(result["path"]))
+        right = truth == result["predictions"][0]["class"] if truth in classes else None
         unsure = " (unsure)" * result.get("unsure", False)
-        panels.append(plots.Panel(result["path"], first + unsure, None, others))
+        panels.append(plots.Panel(result["path"], first + unsure, right, others))
     if args.save_plot:
         plots.save_figure(plots.draw_images(panels), args.save_plot)
     if args.show:

@@ -32,7 +32,7 @@ def load(path: Path, parser: cli.Parser, args: argparse.Namespace) -> tuple:
     """Read last.pth; returns its state, and the options of the run with those typed now. RunError
     if it is damaged, UsageError if it is another file, or an option would change the result."""
     state = checkpoint.load(path)
-    if not state.keys() >= {"args", "history", "best", "learning"}:
+    if not state.keys() >= {"args", "history", "seconds", "best", "learning"}:
         raise UsageError(f"--resume {path}: name the last.pth of a run; this is another file")
     began = {name: value for name, value in state["args"].items() if name in vars(args)}
     parser.set_defaults(**began)

@@ -20,14 +20,14 @@ def main(args: cli.Words = None) -> list[dict]:
     if not Path(folder).is_dir():
         raise cli.UsageError(f"run train.py first, or name a folder: there is no {folder}/ here")
     runs = []
-    for file in Path(folder).glob("*/args.json"):
-        options = json.loads(file.read_text(encoding="utf-8"))
-        with open(file.with_name("metrics.csv"), encoding="utf-8", newline="") as table:
+    for file in Path(folder).glob("*/metrics.csv"):
+        options = json.loads(file.with_name("args.json").read_text(encoding="utf-8"))
+        with open(file, encoding="utf-8", newline="") as table:
             rows = list(csv.DictReader(table))
         best = max((round(float(row["val_accuracy"]), 4) for row in rows), default=None)
-        run = {"date": options["date"], "best_accuracy": best}
+        run = {"date": options.get("date", "?"), "best_accuracy": best}
         run |= {"epochs": rows[-1]["epoch"] if rows else 0, "run": str(file.parent)}
-        runs.append(run | {"data": options["data_path"], "options": options["typed"]})
+        runs.append(run | {"data": options["data_path"], "options": options.get("typed", "?")})
     for run in sorted(runs, key=lambda run: (run["date"], run["run"])):
         cli.say(cli.printable("  ".join(map(str, run.values()))))
     return runs

@@ -195,19 +195,13 @@ def main(args: cli.Words = None) -> dict:
                 learner.fold_into(model.fc)
                 learning["head"] = learner.state_dict()
             better = run.record(row, confusion, model, learning)
-            left = timedelta(seconds=round(row["seconds"] * (args.epochs - row["epoch"])))
-            cli.say(
-                f"epoch {row['epoch']}/{args.epochs}  lr {row['lr']:.4g}  "
-                f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
-                f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}  "
-                f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} img/s  {left} left"
-                f"{'  best' * better}"
-            )
+            say_epoch(row, args.epochs, better)
             if run.stalled(args.patience):
                 notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
                 break
         run.finish()
 
+    torch.set_num_threads(threads)  # of whoever called this
     best_file = output_dir / "best.pth"
     next_step = f"python predict.py IMAGE --weights {best_file}, or python eval.py"
     notice(f"{best_file} holds epoch {run.best['epoch']}; next: {next_step}")
@@ -216,6 +210,17 @@ def main(args: cli.Words = None) -> dict:
     summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": args.output_dir}
     cli.say(json.dumps(summary))
     return summary
+
+
+def say_epoch(row: dict, epochs: int, better: bool) -> None:
+    left = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
+    cli.say(
+        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  "
+        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
+        f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}  "
+        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} img/s  {left} left"
+        f"{'  best' * better}"
+    )
 
 
 def fit(

@@ -142,6 +142,13 @@ def test_a_reader_that_leaves_ends_the_work_without_a_word_and_a_bug_shows_its_t
         assert process.communicate(timeout=30)[1].endswith(b"ZeroDivisionError: division by zero\n")
 
 
+def test_a_script_that_is_done_leaves_at_once():
+    code = "import atexit; atexit.register(print, 'late'); main = lambda: cli.say('done')"
+    with run(code) as process:
+        assert process.communicate(timeout=30) == (b"done\n", b"")
+    assert process.returncode == 0
+
+
 def test_cores_are_those_of_the_affinity_and_of_the_container(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     for quota, count in (("150000 100000\n", 2), ("max 100000\n", 64), ("", 64)):

@@ -266,6 +266,17 @@ def test_the_centre_has_the_pixels_of_torchvision(saved, resize, crop):
         assert (apart > 1).mean() < 1e-4, each.size
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_centre_is_that_of_the_image_upright(tmp_path, suffix, orientation):
+    image, exif = noise(301, 241).resize((602, 482)), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path := tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    steps = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    ours = load_centre(path, {"resize": 256, "crop": 224}).astype(int)
+    assert np.abs(ours - np.asarray(steps(load_rgb(path)))).max() <= 1
+
+
 @pytest.mark.parametrize("width", ["0_5", "1_0", "1_5", "2_0"])
 def test_images_are_prepared_as_the_published_weights_want_them(saved, width):
     """But for what photographs of the decoder, shrunk, differ: these are no JPEG."""

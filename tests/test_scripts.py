@@ -20,6 +20,7 @@ from torchvision import models, transforms
 
 import eval as evaluation
 import export
+import plots
 import predict
 import run
 import runs
@@ -29,6 +30,7 @@ from folders import BadImages
 from image import IMAGENET_MEAN, IMAGENET_STD, load_rgb
 from inference import measure
 from model import ShuffleNetV2
+from optimize import FoldedConv
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -152,8 +154,16 @@ def test_fc_first_trains_fc_and_then_all(flowers, tmp_path, torchvision_file, ca
     assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
 
 
-def test_fc_comes_first_where_it_is_new_on_weights(flowers, tmp_path, torchvision_file, run_dir):
-    best = run_dir / "best.pth"  # of the same classes
+def test_fc_comes_first_where_it_is_new_on_weights(
+    flowers, tmp_path, torchvision_file, run_dir, monkeypatch
+):
+    fit, best = train.fit, run_dir / "best.pth"  # of the same classes
+
+    def spy(*inputs):
+        fitted.append((isinstance(inputs[0].conv1[0], FoldedConv), inputs[6]))
+        return fit(*inputs)
+
+    monkeypatch.setattr(train, "fit", lambda *inputs: (fit if len(inputs) < 7 else spy)(*inputs))
     for name, words, expected in (
         ("a", ["--weights", torchvision_file], (True, True, 0.003, 0.01)),
         ("b", ["--weights", torchvision_file, "--no-fc-first", "--lr", 1], (False, False, 1, 0.1)),
@@ -161,11 +171,13 @@ def test_fc_comes_first_where_it_is_new_on_weights(flowers, tmp_path, torchvisio
         ("d", ["--weights", best], (False, False, 0.01, 0.1)),
         ("e", [], (False, False, 0.01, 0.1)),
     ):
+        fitted = []
         with suppress(RunError):  # such a rate is too high
             train.main(small(flowers, tmp_path / name, *words, "--epochs", 1))
         args = json.loads((tmp_path / name / "args.json").read_text())
         found = tuple(args[option] for option in ("fc_first", "freeze_bn", "lr", "lrf"))
         assert found == expected, name
+        assert fitted == [(args["freeze_bn"], 5.0 if args["fc_first"] else None)]
 
 
 def test_runs_are_named_and_listed_with_the_images_to_doubt(flowers, tmp_path, capsys):
@@ -180,16 +192,22 @@ def test_runs_are_named_and_listed_with_the_images_to_doubt(flowers, tmp_path, c
     assert "use a smaller --batch-size: 50 images are more than" in capsys.readouterr().err
     ((date, best, epochs, place, where, typed),) = (listed.values() for listed in runs.main([]))
     assert (place, best) == (f"runs/{folder.name}", summary["best_accuracy"])
+    older = shutil.copytree(folder, tmp_path / "runs" / "zz")  # and better
+    (older / "args.json").write_text(json.dumps({"data_path": "d"} | {"date": "2000-01-01 00:00"}))
+    (older / "metrics.csv").write_text("epoch,val_accuracy\n1,1.0\n")
+    assert [row["run"] for row in runs.main([])] == ["runs/zz", place]
+    shutil.rmtree(older)
     assert (epochs, where) == ("1", str(data))
     assert typed.startswith(f"--data-path {data} --model shufflenet_v2_x0_5 ")
-    assert capsys.readouterr().out.startswith(f"{date}  {best}  1  runs/")
+    assert f"{date}  {best}  1  runs/" in capsys.readouterr().out
 
 
-def test_all_that_cannot_be_had_is_said_at_once(tmp_path, monkeypatch):
+def test_all_that_cannot_be_had_is_said_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(RunError, match=r"flower_photos.tgz and put .*; and fetch .*x1-5666bf0f80"):
         train.main(["--weights", "imagenet"])
+    assert capsys.readouterr().out == ""  # nor does torch say there that it downloads
 
 
 @pytest.mark.parametrize("clip", [None, 5.0])
@@ -282,6 +300,13 @@ def test_training_images_may_be_small_and_partly_hidden(flowers, tmp_path, monke
     train.main(small(flowers, tmp_path / "out", *options))
     assert seen == {(True, 64, True, True)}  # validation runs another network, at 224
     assert load(tmp_path, "out", "best.pth")["preprocessing"]["crop"] == 224
+
+
+def test_the_threads_of_the_caller_are_given_back(flowers, tmp_path, torchvision_file):
+    torch.set_num_threads(2)
+    train.main(small(flowers, tmp_path / "out", "--weights", torchvision_file, "--freeze-layers"))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 def test_patience_ends_a_run_that_gets_no_better(flowers, tmp_path, torchvision_file, capsys):
@@ -382,7 +407,8 @@ def test_eval_takes_the_validation_part_of_what_the_run_saw_and_all_of_another(
     shutil.copytree(flowers / "roses", tmp_path / "other" / "roses")
     for side in ("train", "val"):
         shutil.copytree(flowers / "tulips", tmp_path / "parts" / side / "tulips")
-    for place, split, images in (("moved", "val", 5), ("other", "all", 8), ("parts", "val", 8)):
+    (tmp_path / "parts" / "val" / "tulips" / "tulips_000.jpg").unlink()
+    for place, split, images in (("moved", "val", 5), ("other", "all", 8), ("parts", "val", 7)):
         result = evaluation.main(["--data-path", place, "--weights", run_dir / "best.pth"])
         assert (result["split"], result["images"]) == (split, images)
         whose = "" if place == "moved" else "not "
@@ -514,6 +540,19 @@ def test_predict_draws_without_a_display_or_torchvision(shell, flowers, tmp_path
     assert "torchvision" not in {line.rpartition("|")[2].strip() for line in lines}
     assert result.returncode == len(show)
     assert not show or any(line.startswith("error: --show: use --save-plot") for line in lines)
+
+
+def test_a_plot_knows_the_truth_where_a_folder_is_called_as_a_class(
+    flowers, tmp_path, run_dir, monkeypatch
+):
+    panels, draw = [], plots.draw_images
+    monkeypatch.setattr(plots, "draw_images", lambda drawn: panels.extend(drawn) or draw(drawn))
+    shutil.copy(flowers / "roses" / "roses_000.jpg", "photo.jpg")
+    words = [flowers / "roses", "photo.jpg", "--weights", run_dir / "best.pth"]
+    results = predict.main([*words, "--save-plot", "p.png"])
+    found = [panel.right for panel in panels]
+    answers = [result["predictions"][0]["class"] for result in results]
+    assert found == [*(answer == "roses" for answer in answers[:-1]), None]
 
 
 def without_torch(shell, script, *words):

@@ -88,6 +88,7 @@ def main(args: cli.Words = None) -> dict:
     head, rows = ", ".join([describe_machine(), *options]), {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         for name, figures in MEASURES[args.what](args):
+            cli.notice(f"{name}: {figures}")  # a benchmark that is stopped has shown something
             for column, figure in figures.items():
                 rows.setdefault(name, {}).setdefault(column, []).append(figure)
     columns = list(next(iter(rows.values())))
