@@ -28,7 +28,8 @@ def main(args: cli.Words = None) -> list[dict]:
         run = {"date": options.get("date", "?"), "best_accuracy": best}
         run |= {"epochs": rows[-1]["epoch"] if rows else 0, "run": str(file.parent)}
         runs.append(run | {"data": options["data_path"], "options": options.get("typed", "?")})
-    for run in sorted(runs, key=lambda run: (run["date"], run["run"])):
+    runs.sort(key=lambda run: (run["date"], run["run"]))
+    for run in runs:
         cli.say(cli.printable("  ".join(map(str, run.values()))))
     return runs
 
