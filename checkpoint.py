@@ -157,8 +157,8 @@ def load_trained(path: str | Path) -> Trained:
     if "model_name" in file:
         try:
             about = [file[key] for key in ("model_name", "classes", "preprocessing", "args")]
-            model = build_model(about[0], len(about[1]))
-        except (KeyError, TypeError, ValueError) as error:
+            model = build_model(about[0], len(about[1]), about[3].get("small_images", False))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path}: not a checkpoint of train.py ({error!r})") from None
         if beside.exists() and read_class_indices(beside) != about[1]:
             notice(f"{beside} names other classes than {path}; those in the checkpoint are used")

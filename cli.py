@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-FLOWER_PHOTOS = "data/flower_photos"  # downloaded if absent
+FLOWER_PHOTOS, CIFAR10 = "data/flower_photos", "data/cifar10"  # downloaded if absent
 PLOTS = (".png", ".jpg", ".pdf", ".svg")
 
 
@@ -189,7 +189,7 @@ def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
 
 def require_data(path: str) -> None:
     """Raise UsageError unless the folder exists or is downloaded if absent."""
-    if path != FLOWER_PHOTOS and not os.path.isdir(path):
+    if path not in (FLOWER_PHOTOS, CIFAR10) and not os.path.isdir(path):
         raise UsageError(f"use --data-path for the folder of the images: there is none at {path}")
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import FLOWER_PHOTOS, RunError, UsageError, notice, progress, require_data
+from cli import CIFAR10, FLOWER_PHOTOS, RunError, UsageError, notice, progress, require_data
 from image import SUFFIXES, ImageError
 
 MOST_BAD = 0.1  # share of the images that may be skipped before the disk must be damaged
@@ -31,12 +31,16 @@ class Split(NamedTuple):
 
 
 def prepare_data(data_path: str) -> Path:
-    """The folder that a --data-path means; flower_photos is downloaded if absent."""
+    """The folder that a --data-path means; flower_photos and CIFAR-10 are downloaded if absent."""
     require_data(data_path)
     if data_path == FLOWER_PHOTOS:
         from flower_photos import download_flower_photos
 
         download_flower_photos(data_path)
+    elif data_path == CIFAR10:
+        from cifar10 import download_cifar10
+
+        download_cifar10(data_path)
     return Path(data_path)
 
 

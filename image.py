@@ -35,11 +35,13 @@ class ImageError(OSError):
     """An image that cannot be read; the message names the file and the reason."""
 
 
-def default_preprocessing(model_name: str) -> dict:
+def default_preprocessing(model_name: str, small_images: bool = False) -> dict:
     """What torchvision publishes with its ImageNet weights of a variant: resize and crop in pixels,
-    mean and std of RGB values in 0 to 1. Networks without such weights use the same as x1.0."""
+    mean and std of RGB values in 0 to 1. Networks without such weights use the same as x1.0, but
+    for small images 32 pixels."""
     resize = 232 if model_name in ("shufflenet_v2_x1_5", "shufflenet_v2_x2_0") else 256
-    return {"resize": resize, "crop": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    resize, crop = (32, 32) if small_images else (resize, 224)
+    return {"resize": resize, "crop": crop, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 @contextmanager
@@ -65,6 +67,13 @@ def _decoded(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # damaged EXIF: the pixels are still good
         ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
+
+
+def is_small(path: str | Path) -> bool:
+    """Whether an image has at most 48 pixels a side; False if it cannot be read."""
+    with suppress(ImageError), _opened(path) as image:
+        return max(image.size) <= 48
+    return False
 
 
 def load_rgb(path: str | Path) -> Image.Image:

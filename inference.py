@@ -43,11 +43,14 @@ class Classifier:
             raise UsageError(
                 f"--device {device}: use the .pth; .onnx files are computed on the CPU"
             )
+        self._network, self._device = None, None
         if onnx:
             self.computed_by = runtime or "onnxruntime"
             self._run, about = _open_onnx(self.weights, self.computed_by, threads)
         else:
-            self._run, about, self.computed_by = _open_torch(self.weights, device)
+            self._network, self._device, about = _open_torch(self.weights, device)
+            self._run = torch_run(self._network, self._device, about[2])
+            self.computed_by = f"PyTorch on {self._device}"
         self.model_name, self.classes, self.preprocessing, self.args = about
 
     def stream(
@@ -62,6 +65,18 @@ class Classifier:
         if isinstance(answer, ImageError):
             raise answer
         return self.best_classes(answer, topk)
+
+    def explain(self, image: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """What the network sees of an image, uint8 (crop, crop, 3), and how much each place of it
+        speaks for the class called `name`, float32 (height, width): the mean is the logit, exactly,
+        since a mean comes before `fc` (Zhou et al., "Learning Deep Features for Discriminative
+        Localization", CVPR 2016). Only of a .pth file; ImageError as when called."""
+        pixels = load_centre(image, self.preprocessing)
+        network, k = self._network.network, self.classes.index(name)
+        run = torch_run(network.feature_map, self._device, self.preprocessing)
+        fc = {key: value.cpu().numpy() for key, value in network.fc.state_dict().items()}
+        maps = run(pixels[None])[0]  # (C,h,w)
+        return pixels, np.tensordot(fc["weight"][k], maps, 1) + fc["bias"][k]
 
     def best_classes(self, logits: np.ndarray, topk: int) -> list[dict]:
         """[{"class": name, "prob": 0 to 1}, ...], the `topk` best first, of logits (classes,)."""
@@ -104,15 +119,14 @@ def _of_bytes(run: Run, preprocessing: dict) -> Run:
     return run_bytes
 
 
-def _open_torch(weights: Path, device_name: str) -> tuple[Run, list, str]:
+def _open_torch(weights: Path, device_name: str) -> tuple:
     from checkpoint import load_trained
     from optimize import optimize_for_inference
     from utils import choose_device
 
     device = choose_device(device_name)
     model, *about = load_trained(weights)
-    run = torch_run(optimize_for_inference(model.to(device)), device, about[2])
-    return run, about, f"PyTorch on {device}"
+    return optimize_for_inference(model.to(device)), device, about
 
 
 def torch_run(model: Callable, device, preprocessing: dict) -> Run:

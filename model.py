@@ -152,14 +152,17 @@ class ShuffleNetV2(nn.Module):
         )
         self.fc = nn.Linear(conv5_c, num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to what `fc` sees, (N, channels of conv5)."""
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to (N, channels of conv5, H/32, W/32)."""
         x = self.maxpool(self.conv1(x))  # (N,3,224,224) -> (N,24,112,112) -> (N,24,56,56)
         x = self.stage2(x)  # -> (N,116,28,28)
         x = self.stage3(x)  # -> (N,232,14,14)
         x = self.stage4(x)  # -> (N,464,7,7)
-        x = self.conv5(x)  # -> (N,1024,7,7)
-        return x.mean([2, 3])  # -> (N,1024)
+        return self.conv5(x)  # -> (N,1024,7,7)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to what `fc` sees, (N, channels of conv5)."""
+        return self.feature_map(x).mean([2, 3])  # (N,1024,7,7) -> (N,1024)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
@@ -259,13 +262,16 @@ class ShuffleNetV1(nn.Module):
         self.stage2, self.stage3, self.stage4 = stages
         self.fc = nn.Linear(input_c, num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to what `fc` sees, (N, channels of stage 4)."""
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to (N, channels of stage 4, H/32, W/32)."""
         x = self.maxpool(self.conv1(x))  # (N,3,224,224) -> (N,24,112,112) -> (N,24,56,56)
         x = self.stage2(x)  # -> (N,240,28,28)
         x = self.stage3(x)  # -> (N,480,14,14)
-        x = self.stage4(x)  # -> (N,960,7,7)
-        return x.mean([2, 3])  # -> (N,960)
+        return self.stage4(x)  # -> (N,960,7,7)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to what `fc` sees, (N, channels of stage 4)."""
+        return self.feature_map(x).mean([2, 3])  # (N,960,7,7) -> (N,960)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
@@ -292,11 +298,20 @@ VARIANTS: dict[str, Callable[..., ShuffleNetV1 | ShuffleNetV2]] = {
 }
 
 
-def build_model(name: str, num_classes: int = 1000) -> ShuffleNetV1 | ShuffleNetV2:
-    """A network of `VARIANTS` by its name, with fresh weights; ValueError for no such name."""
+def build_model(
+    name: str, num_classes: int = 1000, small_images: bool = False
+) -> ShuffleNetV1 | ShuffleNetV2:
+    """A network of `VARIANTS` by its name, with fresh weights; ValueError for no such name.
+
+    With `small_images` it is made for some 32 pixels, which conv1 and the pooling after it would
+    shrink to 8: the one gets stride 1, the other goes. Keys and shapes of the weights stay.
+    """
     if name not in VARIANTS:
         raise ValueError(f"no model is called {name!r}, only {', '.join(VARIANTS)}")
-    return VARIANTS[name](num_classes=num_classes)
+    model = VARIANTS[name](num_classes=num_classes)
+    if small_images:
+        model.conv1[0].stride, model.maxpool = (1, 1), nn.Identity()
+    return model
 
 
 # By their names in the tutorial and in torchvision, called with num_classes=...

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from folders import BadImages
-from image import IMAGENET_MEAN, ImageError, ahead, load_crop, load_rgb
+from image import IMAGENET_MEAN, ImageError, ahead, load_centre, load_crop, load_rgb
 
 
 class MyDataSet(Dataset):
@@ -64,15 +64,41 @@ def train_transform(size: int, random_erase: float = 0.0) -> Callable:
 
     def transform(path: str, rng: random.Random) -> np.ndarray:
         draw = partial(random_box, area=(0.08, 1), ratio=4 / 3, rng=rng)
-        pixels = load_crop(path, draw, size, spare=1)
-        if rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        if rng.random() < random_erase:
-            left, top, right, bottom = random_box(size, size, (0.02, 0.33), 10 / 3, rng)
-            pixels[top:bottom, left:right] = [round(255 * value) for value in IMAGENET_MEAN]
-        return pixels
+        return _mirror_and_erase(load_crop(path, draw, size, spare=1), random_erase, rng)
 
     return transform
+
+
+def centre_transform(preprocessing: dict) -> Callable:
+    """Reads what evaluation sees; draws nothing."""
+    return lambda path, rng: load_centre(path, preprocessing)
+
+
+def small_transform(preprocessing: dict, random_erase: float = 0.0) -> Callable:
+    """Shifts the image that evaluation sees by up to an eighth of its side, mirrors and erases at
+    random; uint8 (crop, crop, 3). Each image is decoded once and kept in memory."""
+    side, kept = preprocessing["crop"], {}
+    margin = side // 8
+
+    def transform(path: str, rng: random.Random) -> np.ndarray:
+        if path not in kept:
+            edges = ((margin, margin), (margin, margin), (0, 0))
+            kept[path] = np.pad(load_centre(path, preprocessing), edges, "reflect")
+        left, top = rng.randint(0, 2 * margin), rng.randint(0, 2 * margin)
+        pixels = kept[path][top : top + side, left : left + side].copy()
+        return _mirror_and_erase(pixels, random_erase, rng)
+
+    return transform
+
+
+def _mirror_and_erase(pixels: np.ndarray, random_erase: float, rng: random.Random) -> np.ndarray:
+    side = len(pixels)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    if rng.random() < random_erase:
+        left, top, right, bottom = random_box(side, side, (0.02, 0.33), 10 / 3, rng)
+        pixels[top:bottom, left:right] = [round(255 * value) for value in IMAGENET_MEAN]
+    return pixels
 
 
 def random_box(

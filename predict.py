@@ -4,6 +4,7 @@
     python predict.py FOLDER --weights runs/RUN/best.pth --json
     python predict.py FOLDER --weights model.onnx --output result.csv
     python predict.py IMAGE --save-plot result.png
+    python predict.py IMAGE --explain
 
 Prints the path of an image and its most probable classes, best first; of several images, a line
 each and a summary. An image that cannot be read is named on stderr, the others are classified, and
@@ -38,6 +39,9 @@ def build_parser() -> cli.Parser:
     add("--save-plot", metavar="FILE", 
         help="draw the images with their classes; right or wrong in blue or orange where the "
         "folder of an image is called as a class")
+    add("--explain", action="store_true",
+        help="draw beside each image which places speak for its class (if --save-plot and --show "
+        "are omitted: to explain.png)")
     add("--show", action="store_true", help="draw them in a window")
     # fmt: on
     return parser
@@ -49,6 +53,10 @@ def main(args: cli.Words = None) -> list[dict]:
     for place in args.images:
         cli.require_path(place, "image", folder=os.path.isdir(place))
     weights = cli.require_weights(args.weights)
+    if args.explain and weights.suffix.lower() == ".onnx":
+        raise UsageError(f"--explain: use a .pth file, which has feature maps; {weights} has none")
+    if args.explain and not args.show:
+        args.save_plot = args.save_plot or "explain.png"
     if args.save_plot:
         cli.check_file("--save-plot", args.save_plot, cli.PLOTS)
     if args.output:
@@ -89,7 +97,7 @@ def main(args: cli.Words = None) -> list[dict]:
         parts += f"; {unsure} of them unsure (below {args.unsure:g})" if args.unsure else ""
         notice(f"{len(results)} images in {time.perf_counter() - start:.1f} s: {parts}")
     if results and (args.save_plot or args.show):
-        _plot(results, classifier.classes, args)
+        _plot(results, classifier, args)
     if failed:
         raise RunError(f"{failed} of {len(paths)} images could not be read, named above")
     return results
@@ -125,7 +133,7 @@ def _row(path: str, predictions: list[dict], weights: str, **more) -> dict:
     return cells | more
 
 
-def _plot(results: list[dict], classes: list[str], args: argparse.Namespace) -> None:
+def _plot(results: list[dict], classifier, args: argparse.Namespace) -> None:
     """Where the folder of an image is called as a class, that is taken for its truth."""
     import plots
 
@@ -137,9 +145,11 @@ def _plot(results: list[dict], classes: list[str], args: argparse.Namespace) -> 
             f"{plots.short(g['class'])} {g['prob']:.3f}" for g in result["predictions"]
         )
         truth = os.path.basename(os.path.dirname(result["path"]))
-        right = truth == result["predictions"][0]["class"] if truth in classes else None
+        best = result["predictions"][0]["class"]
+        right = truth == best if truth in classifier.classes else None
         unsure = " (unsure)" * result.get("unsure", False)
-        panels.append(plots.Panel(result["path"], first + unsure, right, others))
+        heat = classifier.explain(result["path"], best) if args.explain else None
+        panels.append(plots.Panel(result["path"], first + unsure, right, others, heat))
     if args.save_plot:
         plots.save_figure(plots.draw_images(panels), args.save_plot)
     if args.show:

@@ -10,18 +10,25 @@
 
 import argparse
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 import checkpoint
 import cli
 import plots
 from cli import UsageError, notice
 from files import save_json, save_rows
+from image import ImageError, load_centre
+from inference import Classifier
 from metrics import confusions
+from my_dataset import MyDataSet
 
 # Options that say where and how fast a run goes, not what it computes.
 FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs"}
@@ -87,7 +94,8 @@ class Run:
     def record(self, row: dict, confusion, model: nn.Module, learning: dict | None) -> bool:
         """Write what an epoch brought; `learning` is what optimizer and head need to go on.
         Returns whether it is the best so far."""
-        row = {name: value for name, value in row.items() if name != "images_per_second"}
+        row = dict(row)
+        speed = row.pop("images_per_second")
         self.seconds.append(row.pop("seconds"))  # apart, since no two runs have the same
         self.history.append(row)
         accuracy, loss = row["val_accuracy"], row["val_loss"]
@@ -103,6 +111,7 @@ class Run:
             for side in ("train", "val"):
                 self._writer.add_scalar(f"{name}/{side}", row[f"{side}_{name}"], row["epoch"])
         self._writer.add_scalar("learning_rate", row["lr"], row["epoch"])
+        self._writer.add_scalar("images_per_second", speed, row["epoch"])
         self._writer.flush()
         if time.monotonic() - self._drawn > 20 * self._drawing:
             self._draw()
@@ -122,10 +131,43 @@ class Run:
         """Whether `patience` epochs have brought nothing better."""
         return bool(patience and self.best and self.epoch - self.best["epoch"] >= patience)
 
-    def finish(self) -> None:
-        """Close the events, and draw."""
-        self._writer.close()
+    def draw_samples(self, dataset: MyDataSet) -> None:
+        """Draw samples.png: images as they are trained on, with their classes."""
+        cells = []
+        for index in _spread(len(dataset)):
+            with suppress(ImageError):
+                pixels, label = dataset[index]
+                cells.append((pixels, self.about["classes"][label], None))
+        plots.save_sheet(cells, self.folder / "samples.png")
+
+    def finish(self, paths: list[str], labels: list[int], device: torch.device) -> None:
+        """Draw, and complete the events: options beside the best figures, the confusion matrix, and
+        what best.pth answers for some of the validation images, right or wrong in colour."""
         self._draw()
+        matrix = np.asarray(Image.open(self.folder / "confusion_matrix.png").convert("RGB"))
+        self._writer.add_image("confusion matrix", matrix, self.best["epoch"], dataformats="HWC")
+        chosen, classes, cells = _spread(len(paths)), self.about["classes"], []
+        answers = Classifier(self.folder / "best.pth", str(device)).stream(
+            [paths[i] for i in chosen]
+        )
+        for (path, answer), truth in zip(answers, (labels[i] for i in chosen), strict=True):
+            if not isinstance(answer, ImageError):
+                guess = answer.argmax()
+                text = plots.short(classes[guess], 10)
+                text += "" if guess == truth else f", is {plots.short(classes[truth], 10)}"
+                pixels = load_centre(path, self.about["preprocessing"])
+                cells.append((pixels, text, guess == truth))
+        sheet = np.asarray(plots.draw_sheet(cells))
+        self._writer.add_image("validation", sheet, self.best["epoch"], dataformats="HWC")
+        options = {name: value for name, value in self.about["args"].items() if value is not None}
+        best = {f"best/{name}": self.best[name] for name in ("accuracy", "loss", "epoch")}
+        for name, value in best.items():
+            self._writer.add_scalar(name, value)
+        for part in hparams(options, best):  # the tab HPARAMS compares runs by these
+            self._writer.file_writer.add_summary(part)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in options.items())
+        self._writer.add_text("options", f"| option | value |\n|---|---|\n{rows}")
+        self._writer.close()
 
     def _draw(self) -> None:
         """Draw the curves, and the confusion matrix of the best epoch; list its confusions."""
@@ -138,3 +180,8 @@ class Run:
         plots.save_figure(figure, self.folder / "confusion_matrix.png")
         self._drawn = time.monotonic()
         self._drawing = self._drawn - start
+
+
+def _spread(length: int) -> list[int]:
+    """At most 16 of the numbers below `length`, evenly spread: some of many classes."""
+    return [length * k // 16 for k in range(16)] if length > 16 else list(range(length))

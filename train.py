@@ -5,8 +5,8 @@
     python train.py --resume
 
 Writes to the output folder: last.pth (to resume), best.pth (to use), metrics.csv, curves.png,
-confusion_matrix.png, confusions.csv, class_indices.json, args.json and TensorBoard events. Prints a
-line per epoch and, last, one JSON object.
+samples.png, confusion_matrix.png, confusions.csv, class_indices.json, args.json and TensorBoard
+events. Prints a line per epoch and, last, one JSON object.
 """
 
 import argparse
@@ -48,6 +48,9 @@ def build_parser() -> cli.Parser:
         "a new fc would spoil them (if omitted: when --weights leaves fc new)", default=None)
     cli.add_switch(network, "freeze-bn", "keep batch norm's statistics, scale and shift (if "
         "omitted: as --fc-first)", default=None)
+    add("--small-images", action=argparse.BooleanOptionalAction,
+        help="a network for 32 pixels, whose first layers shrink nothing (if omitted: without "
+        "--weights where the first image has at most 48)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, metavar="N",
@@ -89,16 +92,21 @@ def main(args: cli.Words = None) -> dict:
     # Imports that take seconds, so not before the paths are known to be right.
     import torch
 
-    import checkpoint
     import features
     import folders
     import run as runs
     import utils
     from files import locked, save_rows
-    from image import default_preprocessing
+    from image import default_preprocessing, is_small
     from inference import validate_network
-    from model import VARIANTS, build_model
-    from my_dataset import DeviceLoader, MyDataSet, train_transform
+    from model import VARIANTS
+    from my_dataset import (
+        DeviceLoader,
+        MyDataSet,
+        centre_transform,
+        small_transform,
+        train_transform,
+    )
     from optimize import optimize_for_training
 
     state = None
@@ -128,24 +136,15 @@ def main(args: cli.Words = None) -> dict:
     # Network.
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # CUDA's convolutions repeat their results
-    model = build_model(args.model, len(classes))
-    preprocessing = default_preprocessing(args.model)
-    if state:
-        if state["classes"] != classes:
-            raise UsageError(f"{root}: the run was trained on other classes")
-        checkpoint.load_weights(model, state["model"], last)
-    else:
-        new_fc = True
-        if args.weights:
-            new_fc = checkpoint.load_pretrained(model, args.model, args.weights, classes)
-        settle(args, new_fc)
+    if args.small_images is None:
+        args.small_images = not (args.weights or args.train_size) and is_small(train[0][0])
+        if args.small_images:
+            notice("--small-images: the first image is small (--no-small-images enlarges them)")
+    preprocessing = default_preprocessing(args.model, args.small_images)
+    model = build_network(args, classes, state)
+    model.to(device, memory_format=utils.memory_format(device))
     if args.batch_size > len(train[0]):
         notice(f"use a smaller --batch-size: {args.batch_size} images are more than there are")
-    if args.freeze_layers:
-        utils.freeze_layers(model)
-    if args.freeze_bn:
-        utils.freeze_batch_norm(model)
-    model.to(device, memory_format=utils.memory_format(device))
     cached = args.freeze_layers and args.cache_features
 
     # Output.
@@ -158,8 +157,16 @@ def main(args: cli.Words = None) -> dict:
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
         if doubts:
             save_rows(doubts, output_dir / "doubts.csv")
+        if cached:
+            transform = centre_transform(preprocessing)
+        elif args.small_images:
+            transform = small_transform(preprocessing, args.random_erase)
+        else:
+            transform = train_transform(args.train_size or 224, args.random_erase)
+        train_set = MyDataSet(*train, transform, args.seed)
         if not state:
             run.save_last(model, None)  # so that there always is something to resume
+            run.draw_samples(train_set)
 
         common = (model, train, val, preprocessing, device, args.seed, bad)
         if args.fc_first and not run.history:  # as epoch 0
@@ -178,8 +185,6 @@ def main(args: cli.Words = None) -> dict:
         else:
             torch.set_num_threads(threads)
             learner = optimize_for_training(model) if args.freeze_bn else model
-            crop = args.train_size or preprocessing["crop"]
-            train_set = MyDataSet(*train, train_transform(crop, args.random_erase), args.seed)
             rest = (device, preprocessing, args.batch_size, args.workers, bad)
             loader = DeviceLoader(train_set, *rest)
             validate = partial(validate_network, model, *val, device, preprocessing, bad)
@@ -199,7 +204,7 @@ def main(args: cli.Words = None) -> dict:
             if run.stalled(args.patience):
                 notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
                 break
-        run.finish()
+        run.finish(*val, device)
 
     torch.set_num_threads(threads)  # of whoever called this
     best_file = output_dir / "best.pth"
@@ -210,6 +215,27 @@ def main(args: cli.Words = None) -> dict:
     summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": args.output_dir}
     cli.say(json.dumps(summary))
     return summary
+
+
+def build_network(args: argparse.Namespace, classes: list[str], state: dict | None):
+    """The network to start or to go on with, frozen as the options say; chooses those omitted."""
+    import checkpoint
+    import utils
+    from model import build_model
+
+    model, new_fc = build_model(args.model, len(classes), args.small_images), True
+    if state:
+        if state["classes"] != classes:
+            raise UsageError(f"--data-path {args.data_path}: the run was trained on other classes")
+        checkpoint.load_weights(model, state["model"], "last.pth")
+    elif args.weights:
+        new_fc = checkpoint.load_pretrained(model, args.model, args.weights, classes)
+    settle(args, new_fc)
+    if args.freeze_layers:
+        utils.freeze_layers(model)
+    if args.freeze_bn:
+        utils.freeze_batch_norm(model)
+    return model
 
 
 def say_epoch(row: dict, epochs: int, better: bool) -> None:
@@ -301,6 +327,8 @@ def settle(args: argparse.Namespace, new_fc: bool) -> None:
     if args.freeze_bn is None:
         args.freeze_bn = args.fc_first
     values = {"epochs": 30, "lr": 0.01, "lrf": 0.1, "weight_decay": 4e-5, "batch_size": 16}
+    if args.small_images:
+        values |= {"lr": 0.1, "lrf": 0.01, "weight_decay": 1e-4, "batch_size": 128}
     if args.fc_first:
         values |= {"epochs": 16, "lr": 0.003, "lrf": 0.01}
     if args.freeze_layers and args.cache_features:
@@ -330,6 +358,8 @@ def check(args: argparse.Namespace) -> Path | None:
         cli.refuse_run(args.output_dir)
     if args.freeze_layers and args.cache_features and (args.train_size or args.random_erase):
         raise UsageError("--train-size, --random-erase: omit them, or add --no-cache-features")
+    if args.small_images and args.train_size:
+        raise UsageError("--train-size: omit it, or --small-images, which are not resized")
     if args.fc_first and (args.freeze_layers or not (args.cache_features and args.weights)):
         raise UsageError("--fc-first: add --weights, omit --freeze-layers and --no-cache-features")
     if (args.freeze_layers or args.freeze_bn) and not args.weights:

@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_readme_says(run_dir):
     names = {path.name for path in run_dir.iterdir() if path.name[0] != "."}
     (events,) = (name for name in names if name.startswith("events.out.tfevents"))
     kept = {"last.pth", "best.pth", "metrics.csv", "args.json", "class_indices.json"}
-    drawn = {"curves.png", "confusion_matrix.png", "confusions.csv"}
+    drawn = {"curves.png", "confusion_matrix.png", "confusions.csv", "samples.png"}
     assert names - {events} == kept | drawn
     indices = json.loads((run_dir / "class_indices.json").read_text())
     assert indices == {str(index): name for index, name in enumerate(CLASSES)}
@@ -65,7 +65,10 @@ def test_a_run_leaves_what_the_readme_says(run_dir):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     scalars = EventAccumulator(str(run_dir)).Reload()
     sides = {f"{name}/{side}" for name in ("loss", "accuracy") for side in ("train", "val")}
-    assert set(scalars.Tags()["scalars"]) == sides | {"learning_rate"}
+    best = {f"best/{name}" for name in ("accuracy", "loss", "epoch")}
+    speed = {"learning_rate", "images_per_second"}
+    assert set(scalars.Tags()["scalars"]) == sides | best | speed
+    assert set(scalars.Tags()["images"]) == {"validation", "confusion matrix"}
     logged = [event.value for event in scalars.Scalars("loss/val")]
     assert logged == pytest.approx([float(row["val_loss"]) for row in rows])
 
@@ -91,7 +94,7 @@ def test_curves_are_drawn_while_a_run_goes_on(run_dir, tmp_path):
     record = run.Run(tmp_path / "new", about, state)
     for seconds in (5, 60):  # since the last drawing, which is taken to cost half a second
         record._drawn = now - seconds
-        row = state["history"][-1] | {"epoch": seconds, "seconds": 1.0}
+        row = state["history"][-1] | {"epoch": seconds, "seconds": 1.0, "images_per_second": 1}
         record.record(row, np.eye(5, dtype=int), torch.nn.Linear(1, 1), None)
         assert (tmp_path / "new" / "curves.png").exists() == (seconds == 60)
 
@@ -279,6 +282,7 @@ def test_the_best_epoch_has_the_lowest_loss_of_equal_accuracy(tmp_path):
     for epoch, (accuracy, loss) in enumerate(figures, 1):
         row = {"epoch": epoch, "lr": 1, "train_loss": 1, "train_accuracy": 1}
         row |= {"val_loss": loss, "val_accuracy": accuracy, "seconds": 1.0}
+        row["images_per_second"] = 9.0
         better.append(record.record(row, np.eye(5, dtype=int), torch.nn.Linear(1, 1), None))
     assert better == [True, False, True, False, False]
     assert load(tmp_path, "best.pth")["metrics"] == record.history[2]
