@@ -5,7 +5,6 @@ Standard library only, so that `--help` and a wrong path answer before torch is 
 
 import argparse
 import difflib
-import functools
 import math
 import operator
 import os
@@ -20,6 +19,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
+
+from distributed import LOCAL_WORLD, RANK, WORLD
 
 FLOWER_PHOTOS, CIFAR10 = "data/flower_photos", "data/cifar10"  # downloaded if absent
 PLOTS = (".png", ".jpg", ".pdf", ".svg")
@@ -38,10 +39,14 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def notice(text: str) -> None:
-    """Print one line for the reader to stderr."""
+def notice(text: str, *, everywhere: bool = False) -> None:
+    """Print one line for the reader to stderr; of several processes only the first does, unless
+    what it says is true `everywhere` it is said."""
+    if RANK and not everywhere:
+        return
+    rank = f"rank {RANK}: " if everywhere and WORLD > 1 else ""
     with _stderr:
-        print(printable(text), file=sys.stderr, flush=True)
+        print(rank + printable(text), file=sys.stderr, flush=True)
 
 
 _stderr = threading.Lock()
@@ -60,12 +65,18 @@ def silence() -> Iterator[None]:
             os.close(kept)
 
 
-say = functools.partial(print, flush=True)  # a result, to stdout
+def say(*text: str, sep: str = " ") -> None:
+    """Print a result to stdout, once."""
+    if not RANK:
+        print(*text, sep=sep, flush=True)
 
 
 def progress(items: Iterable, title: str, total: int | None = None) -> Iterator:
     """The items, while a bar shows how many are done; where stderr is no terminal, a line every ten
     seconds, so that a log stays readable."""
+    if RANK:
+        yield from items
+        return
     if sys.stderr and sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -166,18 +177,13 @@ def add_inference(group: argparse._ActionsContainer) -> None:
 
 
 def cores() -> int:
-    """How many cores this process may use, by its affinity and by the quota of its container."""
+    """How many cores this process may use, by its affinity and by the quota of its container; of
+    several processes each has its part."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with suppress(OSError, ValueError):  # no quota ("max"), or no cgroup v2
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, math.ceil(int(quota) / int(period)))
-    return count or 1
-
-
-def refuse_torchrun() -> None:
-    """Raise UsageError in one of several processes of a launcher: each would do everything."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("start it without torchrun: several processes are not supported yet")
+    return max(1, (count or 1) // LOCAL_WORLD)
 
 
 def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
@@ -273,10 +279,13 @@ def run(main: Callable[[], object]) -> NoReturn:
         deploy = "-deploy" if (error.name or "").startswith(("onnx", "openvino")) else ""
         code, text = 2, f"pip install -r requirements{deploy}.txt: {error}"
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
+            text = "use a smaller --batch-size: out of memory"
+        elif WORLD > 1 and "peer" in str(error):  # says torch of a connection
+            text = "another process ended"
+        else:
             raise
-        text = "use a smaller --batch-size: out of memory"
-    notice(f"error: {text}")
+    notice(f"error: {text}", everywhere=True)
     sys.exit(code)
 
 

@@ -9,10 +9,12 @@ output folder: confusion_matrix.png, confusions.csv, mistakes.png (the wrong ans
 largest loss), mistakes.csv (all of them) and per_class.csv.
 """
 
+import itertools
 import json
 import time
 
 import cli
+import distributed
 from cli import UsageError, notice, printable
 
 MISTAKES = 16  # images in mistakes.png
@@ -39,7 +41,6 @@ def main(args: cli.Words = None) -> dict:
     """Evaluate as the options say; returns what the last line prints, and "per_class"."""
     start = time.perf_counter()
     args = cli.parse(build_parser(), args)
-    cli.refuse_torchrun()
     if args.data_path:
         cli.require_data(args.data_path)
     weights = cli.require_weights(args.weights)
@@ -51,7 +52,9 @@ def main(args: cli.Words = None) -> dict:
     from files import save_rows
     from inference import Classifier, measure
 
-    network = Classifier(weights, args.device, args.runtime, args.workers)
+    distributed.join()
+    device = distributed.own_device(args.device)
+    network = Classifier(weights, device, args.runtime, args.workers)
     classes = network.classes
 
     # The data and the split of the run; classes by the name of their folder.
@@ -60,7 +63,9 @@ def main(args: cli.Words = None) -> dict:
         raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
     root = folders.prepare_data(data_path)
     parts = folders.find_parts(root)
-    trained_on = folders.fingerprint(parts) == network.args.get("data")
+    data = folders.fingerprint(parts)
+    distributed.require_same(data, data_path)
+    trained_on = data == network.args.get("data")
     split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
     if split == "all":
         images = folders.all_images(parts)
@@ -78,10 +83,16 @@ def main(args: cli.Words = None) -> dict:
     if not trained_on and str(root.resolve()) == network.args.get("data_path"):
         whose = "changed since the run learnt from it, which flatters accuracy"
     notice(f"{root}: {split}, {len(paths)} images; {whose}")
-    output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
-    bad = folders.BadImages(len(paths))
-    answers = cli.progress(network.stream(paths, args.workers), "evaluating", len(paths))
-    tally, mistakes = measure(answers, labels, classes, bad)
+    bad, mine = folders.BadImages(len(paths)), distributed.share(paths)
+    if not distributed.RANK:
+        output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
+    answers = cli.progress(network.stream(mine, args.workers), "evaluating", len(mine))
+    measured = measure(answers, distributed.share(labels), classes, bad)
+    tallies, mistakes = zip(*distributed.gather(measured), strict=True)
+    if distributed.RANK:  # the first writes what all have found
+        return {}
+    tally = metrics.sum_up(tallies)
+    mistakes = sorted(itertools.chain(*mistakes), key=lambda row: -row["loss"])
     figures, report = tally.figures(), metrics.class_report(tally.confusion, classes)
 
     save_rows(report, output_dir / "per_class.csv")

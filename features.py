@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from cli import RunError, cores, notice, progress
+from distributed import RANK, gather, interleave, share
 from files import replacing
 from folders import BadImages
 from image import ImageError
@@ -127,9 +128,10 @@ def cached_features(
     The file in `CACHE` is named by a hash of the weights, the preprocessing and every image's
     place, size and time, so a change of any of them computes anew.
     """
-    file = CACHE / f"{_key(model, paths, preprocessing)}.npy"
+    file, features = CACHE / f"{_key(model, paths, preprocessing)}.npy", None
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
         features = np.load(file, allow_pickle=False)
+    if all(gather(features is not None)):
         notice(f"features of {len(paths)} images read from {file}")
         for row in np.flatnonzero(np.isnan(features[:, 0])):
             bad.add(ImageError(f"{paths[row]}: could not be read"))
@@ -137,15 +139,19 @@ def cached_features(
 
     optimized = optimize_for_inference(model.eval())
     run = torch_run(optimized.forward_features, device, preprocessing)
-    features = np.empty((len(paths), model.fc.in_features), np.float32)
-    start, answers = time.perf_counter(), stream(paths, run, preprocessing, cores())
-    for row, (_, answer) in enumerate(progress(answers, "computing features", len(paths))):
+    mine = share(paths)
+    part = np.empty((len(mine), model.fc.in_features), np.float32)
+    start, answers = time.perf_counter(), stream(mine, run, preprocessing, cores())
+    for row, (_, answer) in enumerate(progress(answers, "computing features", len(mine))):
         if isinstance(answer, ImageError):
             bad.add(answer)
             answer = np.nan
-        features[row] = answer
+        part[row] = answer
+    features = interleave(gather(part))
     rate = len(paths) / (time.perf_counter() - start)
     notice(f"features of {len(paths)} images computed, {rate:.0f} img/s")
+    if RANK:
+        return features
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as kept:

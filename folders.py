@@ -16,6 +16,7 @@ from typing import NamedTuple
 from cli import CIFAR10, FLOWER_PHOTOS, RunError, UsageError, notice, progress, require_data
 from image import SUFFIXES, ImageError
 
+MOST_COMPARED = 100_000  # images; of more the sizes repeat, and each would be read to compare it
 MOST_BAD = 0.1  # share of the images that may be skipped before the disk must be damaged
 
 Images = dict[str, list[str]]  # class name -> paths
@@ -52,7 +53,8 @@ def find_images(root: str | Path) -> Images:
     image, OSError if one cannot be listed.
     """
     images, others, loose = {}, Counter(), 0
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    for entry in progress(entries, f"listing {root}"):
         if not entry.is_dir():
             loose += os.path.splitext(entry.name)[1].lower() in SUFFIXES
         elif not entry.name.startswith("."):
@@ -143,7 +145,8 @@ def split_images(
     `find_parts(root)`, if known. UsageError for a class without images on one side.
     """
     parts = parts or find_parts(root)
-    equal = _same_bytes([path for part in parts for paths in part.values() for path in paths])
+    paths = [path for part in parts for paths in part.values() for path in paths]
+    equal = _same_bytes(paths) if len(paths) <= MOST_COMPARED else []
     train, val = parts if len(parts) == 2 else _draw(parts[0], equal, val_rate, seed)
     if len(train) < 2:
         deeper = Path(root, *train)
@@ -224,7 +227,7 @@ class BadImages:
         """Note one; raises RunError when they are no longer few."""
         if str(error) not in self.seen:
             self.seen.add(str(error))
-            notice(f"skipped: {error}")
+            notice(f"skipped: {error}", everywhere=True)
         if len(self.seen) > max(1, MOST_BAD * self.total):
             counts = f"{len(self.seen)} of {self.total} images cannot be read"
             raise RunError(f"check the disk, or the copy: {counts}, more than {MOST_BAD:.0%}")

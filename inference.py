@@ -14,8 +14,9 @@ import numpy as np
 
 import cli
 from cli import RunError, UsageError
+from distributed import gather, share
 from image import ImageError, ahead, load_centre
-from metrics import Tally, softmax
+from metrics import Tally, softmax, sum_up
 
 BATCH = 16  # images; more are slower on a CPU, see optimize.py
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 (N, crop, crop, 3) to float32 (N, outputs)
@@ -236,6 +237,7 @@ def validate_network(
     from optimize import optimize_for_inference
 
     run = torch_run(optimize_for_inference(model.eval()), device, preprocessing)
-    answers = cli.progress(stream(paths, run, preprocessing, cli.cores()), "validation", len(paths))
-    tally, _ = measure(answers, labels, range(model.fc.out_features), bad)
-    tally.note(log)
+    mine = share(paths)
+    answers = cli.progress(stream(mine, run, preprocessing, cli.cores()), "validation", len(mine))
+    tally, _ = measure(answers, share(labels), range(model.fc.out_features), bad)
+    sum_up(gather(tally)).note(log)

@@ -52,6 +52,17 @@ class Tally:
         }
 
 
+def sum_up(tallies: list[Tally]) -> Tally:
+    """The figures of several parts as one."""
+    whole = Tally(len(tallies[0].confusion))
+    for tally in tallies:
+        whole.images += tally.images
+        whole.confusion += tally.confusion
+        whole._loss_sum += tally._loss_sum
+        whole._top5_hits += tally._top5_hits
+    return whole
+
+
 def class_report(confusion: np.ndarray, classes: list[str]) -> list[dict]:
     """Images, precision, recall and F1 of each class, None where they divide by zero, from counts
     (classes, classes), rows the truth, columns the prediction."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from cli import RunError
+from distributed import WORLD, share
 from folders import BadImages
 from image import IMAGENET_MEAN, ImageError, ahead, load_centre, load_crop, load_rgb
 
@@ -160,15 +162,19 @@ class DeviceLoader:
         self.dataset.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self.dataset) / self.batch_size)
+        return math.ceil(len(self.dataset) / (self.batch_size * WORLD))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         data = self.dataset
-        order = batches(len(data), self.batch_size, data.seed, data.epoch)
-        for items in ahead(self._read, order, self.threads):
+        together = batches(len(data), self.batch_size * WORLD, data.seed, data.epoch)
+        # As many for each process: of a last batch that does not divide some are left out.
+        order = [share(batch[: len(batch) // WORLD * WORLD]) for batch in together]
+        for items in ahead(self._read, filter(None, order), self.threads):
             good = []
             for item in items:
                 self.bad.add(item) if isinstance(item, ImageError) else good.append(item)
+            if not good and WORLD > 1:  # the others would wait for its gradients
+                raise RunError("use a larger --batch-size: no image of a batch can be read")
             if good:
                 pixels, labels = zip(*good, strict=True)
                 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # NHWC -> NCHW

@@ -24,6 +24,7 @@ import checkpoint
 import cli
 import plots
 from cli import UsageError, notice
+from distributed import RANK
 from files import save_json, save_rows
 from image import ImageError, load_centre
 from inference import Classifier
@@ -62,17 +63,20 @@ class Run:
     """What a training run leaves in its folder, which the caller has locked.
 
     `about` holds model_name, classes, preprocessing and args, as every checkpoint does; `state` is
-    that of last.pth, to go on, or None to begin: then UsageError if there is a run already.
+    that of last.pth, to go on, or None to begin: then UsageError if there is a run already. Of
+    several processes the first writes; the others keep the same history.
     """
 
     def __init__(self, folder: Path, about: dict, state: dict | None) -> None:
-        if state is None:
+        if state is None and not RANK:
             cli.refuse_run(folder)  # of a run that was faster
         self.folder, self.about = folder, about
         self.history: list[dict] = state["history"] if state else []
         self.seconds: list[float] = state["seconds"] if state else []
         self.best: dict | None = state["best"] if state else None
         self._drawn, self._drawing = time.monotonic(), 0.5  # when last, and how long it took
+        if RANK:
+            return
         save_json(about["args"], folder / "args.json")
         names = {str(index): name for index, name in enumerate(about["classes"])}
         save_json(names, folder / "class_indices.json")
@@ -87,6 +91,8 @@ class Run:
 
     def save_last(self, model: nn.Module, learning: dict | None) -> None:
         """Write last.pth."""
+        if RANK:
+            return
         state = {"history": self.history, "seconds": self.seconds, "best": self.best}
         state["learning"] = learning
         checkpoint.save(self._usable(model) | state, self.folder / "last.pth")
@@ -103,7 +109,9 @@ class Run:
         if better:
             self.best = {"accuracy": accuracy, "loss": loss, "epoch": row["epoch"]}
             self.best["confusion"] = torch.from_numpy(confusion)
-            # Before last.pth: killed between the two, the epoch is done again.
+        if RANK:
+            return better
+        if better:  # before last.pth: killed between the two, the epoch is done again
             checkpoint.save(self._usable(model), self.folder / "best.pth")
         self.save_last(model, learning)
         self._save_metrics()

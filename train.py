@@ -15,11 +15,13 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import cli
+import distributed
 from cli import RunError, UsageError, notice
 
 
@@ -56,13 +58,16 @@ def build_parser() -> cli.Parser:
     add("--epochs", type=count, metavar="N",
         help="passes over the data (default: 30; after --fc-first 16)")
     add("-b", "--batch-size", type=count, metavar="N", 
-        help="images per step (default: 16; with cached features 64)")
+        help="images per step, of each process (default: 16; with cached features 64)")
     add("--lr", type=cli.number(float, 1e-30), metavar="RATE",
-        help="first learning rate (default: 0.01; cached features 0.03; after --fc-first 0.003)")
+        help="first learning rate (default: 0.01; cached features 0.03; after --fc-first 0.003); "
+        "with N processes multiply it by N, since a step sees N times the images")
     add("--lrf", type=share, metavar="SHARE",
         help="the rate falls towards lr * lrf (default: 0.1; after --fc-first 0.01)")
     add("--wd", "--weight-decay", dest="weight_decay", type=cli.number(float, 0), metavar="DECAY",
         help="weight decay of SGD (default: 4e-5; cached features 0.1)")
+    add("--sync-bn", action="store_true",
+        help="of several processes: batch norm over the images of all (CUDA)")
     add("--train-size", type=cli.number(int, 64, 1024), metavar="PIXELS",
         help="side of the crops to train on; smaller is faster (if omitted: 224)")
     add("--random-erase", type=share, default=0.0, metavar="SHARE",
@@ -117,7 +122,10 @@ def main(args: cli.Words = None) -> dict:
             f"--model {args.model}: use shufflenet_v2_x0_5, _x1_0, _x1_5 or _x2_0, or one of "
             "shufflenet_v1_x0_25_g1 to shufflenet_v1_x2_0_g8"
         )
-    device = utils.choose_device(args.device)
+    device = utils.choose_device(distributed.own_device(args.device))
+    distributed.join(device)
+    if args.sync_bn and device.type != "cuda":
+        raise UsageError("--sync-bn: omit it; batch norm is shared between GPUs only")
     amp = utils.use_bfloat16(device, args.amp)
     threads = min(torch.get_num_threads(), cli.cores())
     torch.set_num_threads(1)  # a head is too small to be shared: threads would wait for each other
@@ -127,6 +135,8 @@ def main(args: cli.Words = None) -> dict:
     parts = folders.find_parts(root)
     # As utils.read_split_data, with the names of the classes kept.
     train_images, val_images, doubts = folders.split_images(root, args.val_rate, args.seed, parts)
+    data = folders.fingerprint(parts)
+    distributed.require_same(data, args.data_path)
     classes = list(train_images)  # {class: [paths]} -> [paths], [class indices]
     train = folders.with_labels(train_images, classes)
     val = folders.with_labels(val_images, classes)
@@ -151,11 +161,11 @@ def main(args: cli.Words = None) -> dict:
     output_dir = cli.make_folder(args.output_dir, args.name or args.model)
     args.output_dir, args.data_path = str(output_dir), str(root.resolve())
     about = {"model_name": args.model, "classes": classes, "preprocessing": preprocessing}
-    about["args"] = describe(args, folders.fingerprint(parts), state)
-    with locked(output_dir):
+    about["args"] = describe(args, data, state)
+    with nullcontext() if distributed.RANK else locked(output_dir):
         run = runs.Run(output_dir, about, state)
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
-        if doubts:
+        if doubts and not distributed.RANK:
             save_rows(doubts, output_dir / "doubts.csv")
         if cached:
             transform = centre_transform(preprocessing)
@@ -164,7 +174,7 @@ def main(args: cli.Words = None) -> dict:
         else:
             transform = train_transform(args.train_size or 224, args.random_erase)
         train_set = MyDataSet(*train, transform, args.seed)
-        if not state:
+        if not state and not distributed.RANK:
             run.save_last(model, None)  # so that there always is something to resume
             run.draw_samples(train_set)
 
@@ -185,6 +195,7 @@ def main(args: cli.Words = None) -> dict:
         else:
             torch.set_num_threads(threads)
             learner = optimize_for_training(model) if args.freeze_bn else model
+            learner = distributed.wrap(learner, device, args.sync_bn)
             rest = (device, preprocessing, args.batch_size, args.workers, bad)
             loader = DeviceLoader(train_set, *rest)
             validate = partial(validate_network, model, *val, device, preprocessing, bad)
@@ -204,7 +215,8 @@ def main(args: cli.Words = None) -> dict:
             if run.stalled(args.patience):
                 notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
                 break
-        run.finish(*val, device)
+        if not distributed.RANK:
+            run.finish(*val, device)
 
     torch.set_num_threads(threads)  # of whoever called this
     best_file = output_dir / "best.pth"
@@ -280,6 +292,7 @@ def fit(
             group["lr"] = lr
         row, start = {"epoch": epoch + 1, "lr": lr}, time.perf_counter()
         train_one_epoch(learner, optimizer, loader, device, epoch, amp=amp, log=row)
+        row = distributed.average(learner, row)
         validate(log=row)
         if not math.isfinite(row["val_loss"]):
             raise RunError(f"use a smaller --lr: the loss is {row['val_loss']} in validation")
@@ -340,7 +353,12 @@ def settle(args: argparse.Namespace, new_fc: bool) -> None:
 
 def check(args: argparse.Namespace) -> Path | None:
     """Refuse what cannot work, before torch is imported; returns the last.pth to resume from."""
-    cli.refuse_torchrun()
+    if distributed.WORLD > 1 and not args.output_dir and args.resume is None:
+        raise UsageError(
+            "add --output-dir: processes that are started again look for the run there"
+        )
+    if distributed.RESTARTED and args.resume is None and Path(args.output_dir, "last.pth").exists():
+        args.resume = ""
     if args.resume is not None:
         named = args.resume or args.output_dir
         last = Path(named or cli.newest_run("last.pth"))
@@ -354,7 +372,7 @@ def check(args: argparse.Namespace) -> Path | None:
     cli.require_data(args.data_path)
     if args.weights not in ("", "imagenet"):
         cli.require_path(args.weights, "--weights")
-    if args.output_dir:
+    if args.output_dir and not distributed.RANK:
         cli.refuse_run(args.output_dir)
     if args.freeze_layers and args.cache_features and (args.train_size or args.random_erase):
         raise UsageError("--train-size, --random-erase: omit them, or add --no-cache-features")

@@ -359,13 +359,6 @@ def test_a_mistake_is_found_before_the_work(flowers, run_dir, tmp_path, command,
     assert not (tmp_path / "runs").exists()
 
 
-def test_several_processes_of_torchrun_are_refused(flowers, run_dir, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for script in (train, evaluation):
-        with pytest.raises(UsageError, match="start it without torchrun"):
-            script.main(["--data-path", flowers, "--weights", run_dir / "best.pth"])
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_groups_options_prints_defaults_and_imports_nothing_heavy(shell, script):
     result = shell(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})

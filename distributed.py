@@ -1,0 +1,92 @@
+"""One of several processes that torchrun started, or the only one; all that knows of ranks.
+
+Every process reads the folder, builds the network and keeps the history of the run; each takes its
+share of the images, and the first (rank 0) prints and writes. No torch is imported before it is
+needed, so that a mistake is answered at once.
+"""
+
+import os
+from collections.abc import Sequence
+
+RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+LOCAL_RANK, LOCAL_WORLD = (
+    int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+)
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def own_device(name: str) -> str:
+    """The device of this process: of several GPUs the one of its number on the machine."""
+    import torch
+
+    several = WORLD > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{LOCAL_RANK}" if several else name
+
+
+def join(device=None) -> None:
+    """Meet the other processes, to share gradients on a `device`, or figures only."""
+    if WORLD > 1:
+        import torch
+
+        cuda = device and device.type == "cuda"
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+
+def share(items: Sequence) -> Sequence:
+    """Every WORLD-th item, from the place of this process on."""
+    return items[RANK::WORLD]
+
+
+def gather(value: object) -> list:
+    """The values of all processes, by rank."""
+    if WORLD == 1:
+        return [value]
+    import torch
+
+    values = [None] * WORLD
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def interleave(shares: list):
+    """Rows (n, ...) that `share` parted, NumPy arrays, in their order."""
+    import numpy as np
+
+    whole = np.concatenate(shares)
+    for rank, rows in enumerate(shares):
+        whole[rank :: len(shares)] = rows
+    return whole
+
+
+def require_same(data: str, place: str | os.PathLike) -> None:
+    """UsageError in a process that does not see the images of the first, by their fingerprint."""
+    if gather(data)[0] != data:
+        from cli import UsageError
+
+        raise UsageError(f"{place} holds other images than rank 0 sees")
+
+
+def average(learner, row: dict) -> dict:
+    """The figures of training over all processes, which had as many images each."""
+    rows = gather(row) if WORLD > 1 and hasattr(learner, "no_sync") else [row]
+    mean = {
+        name: sum(r[name] for r in rows) / len(rows) for name in ("train_loss", "train_accuracy")
+    }
+    return row | mean | {"images_per_second": sum(r["images_per_second"] for r in rows)}
+
+
+def wrap(learner, device, sync_bn: bool):
+    """A network whose gradients are the mean over all processes, with the parameters of `learner`;
+    with `sync_bn` batch norm takes its statistics over all of them, too (CUDA only)."""
+    if WORLD == 1:
+        return learner
+    import copy
+
+    from torch.nn import SyncBatchNorm
+    from torch.nn.parallel import DistributedDataParallel
+
+    if sync_bn:  # in a copy that shares all tensors: what is saved stays the plain network
+        tensors = [*learner.parameters(), *learner.buffers()]
+        learner = copy.deepcopy(learner, {id(tensor): tensor for tensor in tensors})
+        learner = SyncBatchNorm.convert_sync_batchnorm(learner)
+    return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)

@@ -1,0 +1,187 @@
+"""Several processes of torchrun on the CPU against one."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+import folders
+import train
+import utils
+from features import FeatureLoader
+from model import build_model
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def start(count, *words, options=(), script="train.py"):
+    """torchrun with so many processes, in the working folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, *options]
+    command += [ROOT / script, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(word) for word in command], **pipes)
+
+
+def torchrun(*args, **kwargs):
+    """Its last line of stdout as JSON, all of stdout, and stderr; it must end well."""
+    process = start(*args, **kwargs)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1]), out, err
+
+
+def history(folder):
+    with open(Path(folder, "metrics.csv"), newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def load(*place):
+    return torch.load(Path(*place), weights_only=True)
+
+
+def all_layers(flowers, torchvision_file, folder, size, *more):
+    words = ["--weights", torchvision_file, "--no-fc-first", "--freeze-bn", "--epochs", 2, "--val-rate", 0.5]
+    return small(flowers, folder, *words, "--batch-size", size, *more)
+
+
+def test_losses_of_one_two_and_four_processes_agree(flowers, torchvision_file):
+    train.main(all_layers(flowers, torchvision_file, "1", 4))
+    for count in (2, 4):
+        words = all_layers(flowers, torchvision_file, str(count), 4 // count)
+        summary, out, err = torchrun(count, *words)
+        assert (out.count("best_accuracy"), out.count("epoch 2/2")) == (1, 1)
+        assert err.count("20 images to train, 20 to validate") == 1
+        assert summary["val_images"] == 20
+        for ours, theirs in zip(history(str(count)), history("1"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+    one, four = load("1", "best.pth")["model"], load("4", "best.pth")["model"]
+    assert one.keys() == four.keys()
+    assert all(torch.allclose(one[k].float(), four[k].float(), atol=1e-4) for k in one)
+
+
+def test_every_image_is_counted_once_where_the_count_does_not_divide(flowers, run_dir, tmp_path):
+    words = ["--data-path", flowers, "--weights", run_dir / "best.pth", "--split", "all"]
+    import eval as evaluation
+
+    one = evaluation.main([*words, "--output-dir", tmp_path / "one"])
+    three, out, _ = torchrun(3, *words, "--output-dir", tmp_path / "three", script="eval.py")
+    assert three["images"] == one["images"] == 40
+    assert three["accuracy"] == one["accuracy"]
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert out.count("Acc@1") == 1
+    for name in ("per_class.csv", "confusions.csv"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "three" / name).read_text()
+
+
+def test_features_are_shared_and_fc_learns_as_in_one_process(flowers, torchvision_file):
+    words = ["--weights", torchvision_file, "--freeze-layers", "--epochs", 3]
+    train.main(small(flowers, "one", *words))
+    summary, _, err = torchrun(2, *small(flowers, "two", *words))
+    assert summary["epochs"] == 3
+    assert err.count("features of 40 images computed") == 1
+    for ours, theirs in zip(history("two"), history("one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_worker_that_is_killed_is_started_again_to_the_same_end(flowers, torchvision_file):
+    words = [*all_layers(flowers, torchvision_file, "calm", 4, "--fc-first"), "--epochs", 6]
+    words.remove("--no-fc-first")
+    torchrun(2, *words)
+    words[words.index("calm")] = "killed"
+    process = start(2, *words, options=["--max-restarts", 3])
+    while not (Path("killed", "metrics.csv").exists() and len(history("killed")) >= 3):
+        time.sleep(0.01)
+        assert process.poll() is None
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
+        os.kill(int(children.read().split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resuming killed" in err
+    for name in ("last.pth", "best.pth"):
+        calm, killed = load("calm", name), load("killed", name)
+        assert all(torch.equal(calm["model"][k], killed["model"][k]) for k in calm["model"])
+    assert history("calm") == history("killed")
+
+
+def test_without_restarts_all_end_and_a_line_names_the_dead(flowers, torchvision_file):
+    process = start(2, *all_layers(flowers, torchvision_file, "dead", 4), "--epochs", 500)
+    while not Path("dead", "metrics.csv").exists() or not history("dead"):
+        time.sleep(0.01)
+        assert process.poll() is None
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
+        os.kill(int(children.read().split()[1]), signal.SIGKILL)
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - begin < 20
+    assert "Signal 9 (SIGKILL)" in err
+    assert load("dead", "last.pth")["epoch"] >= 1
+
+
+def test_a_process_that_sees_other_images_says_so_and_all_stop(flowers):
+    os.symlink(flowers, "data0")
+    Path("data1").mkdir()
+    for folder in sorted(Path(flowers).iterdir())[:3]:
+        os.symlink(folder, Path("data1", folder.name))
+    script = f'exec "{sys.executable}" "{ROOT}/train.py" --data-path data$RANK --output-dir out'
+    Path("start.sh").write_text(script + " --epochs 1 -j 0 --train-size 64\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "--no-python", "sh", "start.sh"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "rank 1: error: data1 holds other images than rank 0 sees" in done.stderr
+
+
+def test_several_processes_need_a_folder_that_does_not_depend_on_the_time(flowers):
+    process = start(2, "--data-path", flowers)
+    _, err = process.communicate(timeout=60)
+    assert "error: add --output-dir" in err
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shares_are_even_and_come_together_again(count):
+    rows = np.arange(14).reshape(7, 2)
+    shares = [rows[rank::count] for rank in range(count)]
+    assert (distributed.interleave(shares) == rows).all()
+
+
+def test_a_network_that_the_user_wrapped_trains_and_is_evaluated(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = build_model("shufflenet_v2_x0_5", 3)
+        loader = FeatureLoader(torch.randn(8, 3, 64, 64), torch.arange(8) % 3, 4, 0)
+        wrapped = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), 0.01)
+        before = model.fc.weight.clone()
+        assert utils.train_one_epoch(wrapped, optimizer, loader, torch.device("cpu"), 0) > 0
+        assert not torch.equal(before, model.fc.weight)
+        assert 0 <= utils.evaluate(wrapped, loader, torch.device("cpu")) <= 1
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path):
+    """Their number only; the time is for a person to look at."""
+    for number in range(1000):
+        folder = tmp_path / "train" / f"n{number:08d}"
+        folder.mkdir(parents=True)
+        for image in range(20):
+            (folder / f"{image}.JPEG").touch()
+    parts = [folders.find_images(tmp_path / "train")]
+    assert sum(map(len, parts[0].values())) == 20_000
