@@ -102,11 +102,8 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str, classes: li
     """Start from torchvision's weights ("imagenet") or a file, and say what was loaded. The last
     layer is loaded only if it has as many outputs, and was trained on no other classes; returns
     whether it stays as it was, new."""
-    if weights == "imagenet":
-        state, trained_on = imagenet_weights(model_name), None
-    else:
-        file = load(weights)
-        state, trained_on = state_dict_of(file, weights), file.get("classes")
+    file = load(imagenet_file(model_name) if weights == "imagenet" else weights)
+    state, trained_on = state_dict_of(file, weights), file.get("classes")
     fits = all(state[name].shape == model.state_dict()[name].shape for name in FC if name in state)
     new_fc = not fits or FC[0] not in state or trained_on not in (None, classes)
     missing, unexpected = load_weights(model, state, weights, new_fc=new_fc)
@@ -115,9 +112,9 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str, classes: li
     return new_fc
 
 
-def imagenet_weights(model_name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights of a v2 network, downloaded once. UsageError if none are
-    published; RunError if they cannot be had, with which file to put where."""
+def imagenet_file(model_name: str = "shufflenet_v2_x1_0") -> Path:
+    """The file of torchvision's ImageNet weights of a v2 network, downloaded once. UsageError if
+    none are published; RunError if they cannot be had, with which file to put where."""
     from torchvision.models import get_model_weights
 
     if not model_name.startswith("shufflenet_v2_"):
@@ -125,10 +122,11 @@ def imagenet_weights(model_name: str) -> dict[str, Tensor]:
     published = get_model_weights(model_name).IMAGENET1K_V1
     place = Path(torch.hub.get_dir(), "checkpoints", published.url.rpartition("/")[2])
     if place.exists():
-        return state_dict_of(load(place), place)
+        return place
     try:
         with contextlib.redirect_stdout(sys.stderr):  # only results belong on stdout
-            return published.get_state_dict(check_hash=True, weights_only=True)
+            published.get_state_dict(check_hash=True, weights_only=True)
+        return place
     except Exception as error:  # no network, or a wrong hash
         reason = str(getattr(error, "reason", error)).splitlines()[0]
         raise RunError(

@@ -166,8 +166,8 @@ def add_inference(group: argparse._ActionsContainer) -> None:
     """Add what eval.py and predict.py ask about the network."""
     add = group.add_argument
     add("--weights", metavar="FILE",
-        help="best.pth of a run, a bare state dict, or an .onnx file of export.py (if omitted: "
-        "the newest runs/*/best.pth)")
+        help="best.pth of a run, a bare state dict, an .onnx file of export.py, or 'imagenet' for "
+        "torchvision's of x1.0 (if omitted: the newest runs/*/best.pth)")
     add("--device", **DEVICE)
     add("--runtime", choices=("onnxruntime", "openvino"),
         help="what computes an .onnx file (if omitted: onnxruntime)")
@@ -218,7 +218,8 @@ def introduce(weights: Path, network, more: str) -> None:
 def require_weights(path: str | None) -> Path:
     """The file that --weights names, or best.pth of the newest run; UsageError if there is none."""
     path = Path(path or newest_run("best.pth"))
-    require_path(path, "--weights")
+    if str(path) != "imagenet":  # of torchvision, downloaded
+        require_path(path, "--weights")
     return path
 
 

@@ -11,12 +11,14 @@ largest loss), mistakes.csv (all of them) and per_class.csv.
 
 import itertools
 import json
+import re
 import time
 
 import cli
 import distributed
 from cli import UsageError, notice, printable
 
+WORDNET = re.compile(r"n\d{8}")  # the name of a class folder of ImageNet
 MISTAKES = 16  # images in mistakes.png
 
 
@@ -74,6 +76,8 @@ def main(args: cli.Words = None) -> dict:
     else:
         val_rate, seed = network.args.get("val_rate") or 0.2, network.args.get("seed") or 0
         images = getattr(folders.split_images(root, val_rate, seed, parts), split)
+    if len(images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, images)):
+        classes = list(images)  # folders of ImageNet, which are in the order of its classes
     if unknown := sorted(images.keys() - set(classes)):
         known = f"{', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
         raise UsageError(f"{root}: {weights} knows no class called {unknown[0]}, only {known}")

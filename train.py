@@ -303,11 +303,11 @@ def fit(
 def fetch(args: argparse.Namespace) -> Path:
     """Download what is not there yet; returns the folder of the data. RunError says all that cannot
     be had."""
-    from checkpoint import imagenet_weights
+    from checkpoint import imagenet_file
     from folders import prepare_data
 
     errors, wanted = [], [(prepare_data, args.data_path)]
-    wanted += [(imagenet_weights, args.model)] * (args.weights == "imagenet")
+    wanted += [(imagenet_file, args.model)] * (args.weights == "imagenet")
     for get, name in wanted:
         try:
             get(name)

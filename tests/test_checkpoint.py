@@ -189,12 +189,12 @@ def test_imagenet_weights_come_from_the_cache_or_one_line_says_what_to_put_there
     place = path.parent / "hub/checkpoints/shufflenetv2_x0.5-f707e7126e.pth"
     url = f"https://download.pytorch.org/models/{place.name}"
     with pytest.raises(RunError, match=f"^fetch {url} and put it at {place}, .*refused"):
-        checkpoint.imagenet_weights(X0_5)
+        checkpoint.imagenet_file(X0_5)
     torch.save(build_model(X0_5).state_dict(), place)
-    assert checkpoint.imagenet_weights(X0_5)["fc.weight"].shape == (1000, 1024)
+    assert checkpoint.load(checkpoint.imagenet_file(X0_5))["fc.weight"].shape == (1000, 1024)
     torch.save({"model": Attack()}, place)
     with pytest.raises(RunError, match=f"^(?!.*weights_only).*{place}"):
-        checkpoint.imagenet_weights(X0_5)
+        checkpoint.load(checkpoint.imagenet_file(X0_5))
     assert not os.path.exists("attacked")
     with pytest.raises(UsageError, match="torchvision has none for shufflenet_v1_x1_0_g3"):
-        checkpoint.imagenet_weights("shufflenet_v1_x1_0_g3")
+        checkpoint.imagenet_file("shufflenet_v1_x1_0_g3")

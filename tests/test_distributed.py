@@ -53,7 +53,16 @@ def load(*place):
 
 
 def all_layers(flowers, torchvision_file, folder, size, *more):
-    words = ["--weights", torchvision_file, "--no-fc-first", "--freeze-bn", "--epochs", 2, "--val-rate", 0.5]
+    words = [
+        "--weights",
+        torchvision_file,
+        "--no-fc-first",
+        "--freeze-bn",
+        "--epochs",
+        2,
+        "--val-rate",
+        0.5,
+    ]
     return small(flowers, folder, *words, "--batch-size", size, *more)
 
 

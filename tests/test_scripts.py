@@ -575,3 +575,32 @@ def test_an_exported_network_needs_no_torch(shell, flowers, run_dir, onnx_file):
     (expected,) = predict.main([image, *weights])
     for one, two in zip(found["predictions"], expected["predictions"], strict=True):
         assert one == {"class": two["class"], "prob": pytest.approx(two["prob"], abs=1e-5)}
+
+
+# -- ImageNet ------------------------------------------------------------------------------------
+
+
+def test_imagenets_folders_are_in_the_order_of_its_classes(flowers, torchvision_file, tmp_path):
+    """The same image in a folder per class: only that of torchvision's answer is right."""
+    theirs = models.shufflenet_v2_x0_5().eval()
+    theirs.load_state_dict(torch.load(torchvision_file, weights_only=True))
+    image = flowers / "roses" / "roses_000.jpg"
+    prepare = models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
+    answer = theirs(prepare(load_rgb(image))[None]).argmax().item()
+    ids = [f"n{10_000_000 + 7 * number}" for number in range(1000)]
+    for name in ids:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        os.symlink(image, tmp_path / "val" / name / "a.JPEG")
+    result = evaluation.main(["--data-path", tmp_path / "val", "--weights", torchvision_file])
+    right = [row["class"] for row in result["per_class"] if row["recall"]]
+    assert (right, result["accuracy"]) == ([ids[answer]], 0.001)
+
+
+def test_weights_of_torchvision_are_found_by_name(flowers, torchvision_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / "shufflenetv2_x1-5666bf0f80.pth"
+    place.parent.mkdir(parents=True)
+    torch.save(models.shufflenet_v2_x1_0().state_dict(), place)
+    (answer,) = predict.main([flowers / "roses" / "roses_000.jpg", "--weights", "imagenet"])
+    categories = models.ShuffleNet_V2_X1_0_Weights.IMAGENET1K_V1.meta["categories"]
+    assert {guess["class"] for guess in answer["predictions"]} <= set(categories)
