@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
-import folders
 import train
 import utils
 from features import FeatureLoader
@@ -185,12 +185,20 @@ def test_a_network_that_the_user_wrapped_trains_and_is_evaluated(tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path):
-    """Their number only; the time is for a person to look at."""
-    for number in range(1000):
-        folder = tmp_path / "train" / f"n{number:08d}"
-        folder.mkdir(parents=True)
-        for image in range(20):
-            (folder / f"{image}.JPEG").touch()
-    parts = [folders.find_images(tmp_path / "train")]
-    assert sum(map(len, parts[0].values())) == 20_000
+def test_the_loader_of_shards_in_the_docs_trains(flowers, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    for number, folder in enumerate(sorted(flowers.iterdir())):
+        with webdataset.TarWriter(str(tmp_path / f"{number}.tar")) as shard:
+            for path in folder.iterdir():
+                content = {"jpg": path.read_bytes(), "cls": str(number)}
+                shard.write({"__key__": path.stem} | content)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), re.S)
+    names = {}
+    exec(compile(code, "scaling.md", "exec"), names)
+    loader = names["ShardLoader"](str(tmp_path / "{0..4}.tar"), 8, workers=0)
+    images, classes = zip(*loader, strict=True)
+    assert torch.cat(images).shape == (40, 3, 224, 224)
+    assert torch.cat(classes).bincount().tolist() == [8] * 5
+    model, device = build_model("shufflenet_v2_x0_5", 5), torch.device("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    assert utils.train_one_epoch(model, optimizer, loader, device, 0) > 0

@@ -51,7 +51,7 @@ def run(line):
     """Run a command of a page, made shorter, in this process: imports take seconds."""
     words = shlex.split(line.replace("--seed N", "--seed 0"), comments=True)
     if words[0] != "python":
-        known = ("git", "pip", "python3", ".venv/bin/pip")
+        known = ("git", "pip", "python3", ".venv/bin/pip", "torchrun")
         assert words[0] in known or f"\n{words[1]}:" in read("Makefile"), line
     elif words[1] == "tools/sample_flowers.py":
         script = [sys.executable, ROOT / words[1], *words[2:], "--per-class", "8", "--size", "64"]
