@@ -167,7 +167,11 @@ class Run:
                 cells.append((pixels, text, guess == truth))
         sheet = np.asarray(plots.draw_sheet(cells))
         self._writer.add_image("validation", sheet, self.best["epoch"], dataformats="HWC")
-        options = {name: value for name, value in self.about["args"].items() if value is not None}
+        options = {
+            name: value
+            for name, value in self.about["args"].items()
+            if value is not None and name not in ("data", "date", "typed", "output_dir")
+        }
         best = {f"best/{name}": self.best[name] for name in ("accuracy", "loss", "epoch")}
         for name, value in best.items():
             self._writer.add_scalar(name, value)
