@@ -66,12 +66,17 @@ def require_same(data: str, place: str | os.PathLike) -> None:
         raise UsageError(f"{place} holds other images than rank 0 sees")
 
 
-def average(learner, row: dict) -> dict:
-    """The figures of training over all processes, which had as many images each."""
-    rows = gather(row) if WORLD > 1 and hasattr(learner, "no_sync") else [row]
-    mean = {
-        name: sum(r[name] for r in rows) / len(rows) for name in ("train_loss", "train_accuracy")
-    }
+def meet(learner, row: dict) -> dict:
+    """After an epoch: give all processes batch norm's statistics of the first, and return the
+    figures of training over all of them, which had as many images each."""
+    if WORLD == 1 or not hasattr(learner, "no_sync"):  # a head, which each trains alike
+        return row
+    import torch
+
+    for buffer in learner.buffers():
+        torch.distributed.broadcast(buffer, 0)
+    rows = gather(row)
+    mean = {name: sum(r[name] for r in rows) / WORLD for name in ("train_loss", "train_accuracy")}
     return row | mean | {"images_per_second": sum(r["images_per_second"] for r in rows)}
 
 

@@ -292,7 +292,7 @@ def fit(
             group["lr"] = lr
         row, start = {"epoch": epoch + 1, "lr": lr}, time.perf_counter()
         train_one_epoch(learner, optimizer, loader, device, epoch, amp=amp, log=row)
-        row = distributed.average(learner, row)
+        row = distributed.meet(learner, row)
         validate(log=row)
         if not math.isfinite(row["val_loss"]):
             raise RunError(f"use a smaller --lr: the loss is {row['val_loss']} in validation")

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
+import eval as evaluation
 import train
 import utils
 from features import FeatureLoader
@@ -83,8 +84,6 @@ def test_losses_of_one_two_and_four_processes_agree(flowers, torchvision_file):
 
 def test_every_image_is_counted_once_where_the_count_does_not_divide(flowers, run_dir, tmp_path):
     words = ["--data-path", flowers, "--weights", run_dir / "best.pth", "--split", "all"]
-    import eval as evaluation
-
     one = evaluation.main([*words, "--output-dir", tmp_path / "one"])
     three, out, _ = torchrun(3, *words, "--output-dir", tmp_path / "three", script="eval.py")
     assert three["images"] == one["images"] == 40
@@ -93,6 +92,15 @@ def test_every_image_is_counted_once_where_the_count_does_not_divide(flowers, ru
     assert out.count("Acc@1") == 1
     for name in ("per_class.csv", "confusions.csv"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "three" / name).read_text()
+
+
+def test_validation_is_of_the_network_that_is_saved_statistics_included(flowers):
+    """Each process has its own statistics of batch norm until the end of an epoch."""
+    summary, *_ = torchrun(2, *small(flowers, "bn", "--epochs", 2, "--batch-size", 4))
+    again = evaluation.main(["--weights", "bn/best.pth", "--output-dir", "again"])
+    assert again["accuracy"] == summary["best_accuracy"]
+    best = history("bn")[summary["best_epoch"] - 1]
+    assert again["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
 
 
 def test_features_are_shared_and_fc_learns_as_in_one_process(flowers, torchvision_file):
