@@ -55,8 +55,6 @@ def load(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about other kinds of files
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
-        raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         if "eights only load failed" in reason or "weights_only" in reason:
@@ -129,9 +127,8 @@ def imagenet_file(model_name: str = "shufflenet_v2_x1_0") -> Path:
         return place
     except Exception as error:  # no network, or a wrong hash
         reason = str(getattr(error, "reason", error)).splitlines()[0]
-        raise RunError(
-            f"fetch {published.url} and put it at {place}, or name it with --weights ({reason})"
-        ) from None
+        todo = f"fetch {published.url} and put it at {place}, or name it with --weights"
+        raise RunError(f"{todo} ({reason})") from None
 
 
 class Trained(NamedTuple):
@@ -208,10 +205,7 @@ def read_class_indices(path: str | Path) -> list[str]:
     """Class names in the order of their index, from {"0": "daisy", ...}; else UsageError."""
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = [table[str(index)] for index in range(len(table))]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("a name is no text")
+        return [str(table[str(index)]) for index in range(len(table))]
     except (ValueError, KeyError, TypeError) as error:
         form = '{"0": "NAME", "1": ...} without a gap'
         raise UsageError(f"{path}: expected {form} ({error!r})") from None
-    return names

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -126,20 +125,11 @@ def parse(parser: Parser, args: Words) -> argparse.Namespace:
     return args if isinstance(args, argparse.Namespace) else parser.parse_args(args)
 
 
-def add_switch(group: argparse._ActionsContainer, name: str, help: str, default=False) -> None:
-    """Add `--NAME`, `--NAME true|false` (as the tutorial's readers write it) and `--no-NAME`."""
-
-    def switch(text: str) -> bool:
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() == "true"
-
-    options = {"nargs": "?", "const": True, "default": default, "type": switch}
-    group.add_argument(f"--{name}", metavar="true|false", help=help, **options)
-    dest = name.replace("-", "_")
-    group.add_argument(
-        f"--no-{name}", dest=dest, action="store_false", default=default, help=argparse.SUPPRESS
-    )
+def true_or_false(text: str) -> bool:
+    """An argparse type, for readers of the tutorial, who write `--freeze-layers False`."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 def number(kind: type, low: float, high: float = 1e9) -> Callable:
@@ -186,11 +176,10 @@ def cores() -> int:
     return max(1, (count or 1) // LOCAL_WORLD)
 
 
-def require_path(path: str | Path, flag: str, *, folder: bool = False) -> None:
-    """Raise UsageError unless the file (or folder) exists."""
-    if not (os.path.isdir(path) if folder else os.path.isfile(path)):
-        what = "folder" if folder else "file"
-        raise UsageError(f"{flag} {path}: {'not a' if os.path.exists(path) else 'no such'} {what}")
+def require_path(path: str | Path, flag: str) -> None:
+    """Raise UsageError unless the file exists."""
+    if not os.path.isfile(path):
+        raise UsageError(f"{flag} {path}: {'not a' if os.path.exists(path) else 'no such'} file")
 
 
 def require_data(path: str) -> None:
@@ -208,11 +197,10 @@ def refuse_run(folder: str | Path) -> None:
 def introduce(weights: Path, network, more: str) -> None:
     """Say in one line what answers: the file, its network, classes and preprocessing, and more.
     `network` is an inference.Classifier or a checkpoint.Trained."""
-    about, classes = network.preprocessing, ", ".join(network.classes[:5])
-    classes += ", …" if len(network.classes) > 5 else ""
+    classes, about = network.classes, network.preprocessing
+    names = ", ".join(classes[:5]) + ", …" * (len(classes) > 5)
     sizes = f"resize {about['resize']}, crop {about['crop']}"
-    count = len(network.classes)
-    notice(f"{weights}: {network.model_name}, {count} classes ({classes}), {sizes}{more}")
+    notice(f"{weights}: {network.model_name}, {len(classes)} classes ({names}), {sizes}{more}")
 
 
 def require_weights(path: str | None) -> Path:
@@ -248,13 +236,9 @@ def check_file(flag: str, path: str, suffixes: Sequence[str]) -> Path:
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{flag} {path}: the suffix must be {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"{flag} {path}: make the folder {path.parent} first")
-    try:
-        with open(path, "ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: name another place: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{flag} {path}: name a file that can be written, in a folder that exists")
+    return path
 
 
 def run(main: Callable[[], object]) -> NoReturn:

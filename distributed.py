@@ -17,10 +17,11 @@ RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 def own_device(name: str) -> str:
     """The device of this process: of several GPUs the one of its number on the machine."""
+    if WORLD == 1 or name not in ("auto", "cuda"):
+        return name
     import torch
 
-    several = WORLD > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
-    return f"cuda:{LOCAL_RANK}" if several else name
+    return f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else name
 
 
 def join(device=None) -> None:

@@ -27,11 +27,9 @@ def build_parser() -> cli.Parser:
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--data-path", metavar="DIR",
-        help="a folder per class, or train/ and val/ (or test/) of such folders (if omitted: that "
-        "of the run)")
+        help="a folder per class, or train/ and val/ of such (if omitted: that of the run)")
     add("--split", choices=("val", "train", "all"),
-        help="part to measure (if omitted: val of what the run was trained on, or where there is a "
-        "val/; else all)")
+        help="part to measure (if omitted: val if there is one or the run knows it, else all)")
     cli.add_inference(parser.add_argument_group("network"))
     parser.add_argument_group("output").add_argument("--output-dir", metavar="DIR",
         help="folder for tables and drawings (if omitted: runs/DATE-eval-SPLIT)")
@@ -57,6 +55,7 @@ def main(args: cli.Words = None) -> dict:
     distributed.join()
     device = distributed.own_device(args.device)
     network = Classifier(weights, device, args.runtime, args.workers)
+    cli.introduce(weights, network, f"; {network.computed_by}")
     classes = network.classes
 
     # The data and the split of the run; classes by the name of their folder.
@@ -71,18 +70,16 @@ def main(args: cli.Words = None) -> dict:
     split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
     if split == "all":
         images = folders.all_images(parts)
-    elif len(parts) == 2:
-        images = parts[split == "val"]
     else:
-        val_rate, seed = network.args.get("val_rate") or 0.2, network.args.get("seed") or 0
-        images = getattr(folders.split_images(root, val_rate, seed, parts), split)
+        if len(parts) == 1:
+            val_rate, seed = network.args.get("val_rate") or 0.2, network.args.get("seed") or 0
+            parts = folders.split_images(root, val_rate, seed, parts)
+        images = parts[split == "val"]
     if len(images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, images)):
         classes = list(images)  # folders of ImageNet, which are in the order of its classes
     if unknown := sorted(images.keys() - set(classes)):
-        known = f"{', '.join(classes[:10])}{' …' if len(classes) > 10 else ''}"
-        raise UsageError(f"{root}: {weights} knows no class called {unknown[0]}, only {known}")
+        raise UsageError(f"rename or remove {unknown[0]} in {root}: {weights} knows no such class")
     paths, labels = folders.with_labels(images, classes)
-    cli.introduce(weights, network, f"; {network.computed_by}")
     whose = "what the run was trained on" if trained_on else "not what the run was trained on"
     if not trained_on and str(root.resolve()) == network.args.get("data_path"):
         whose = "changed since the run learnt from it, which flatters accuracy"
@@ -102,7 +99,7 @@ def main(args: cli.Words = None) -> dict:
     save_rows(report, output_dir / "per_class.csv")
     save_rows(mistakes, output_dir / "mistakes.csv")
     save_rows(metrics.confusions(tally.confusion, classes), output_dir / "confusions.csv")
-    title = f"{split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
+    title = f"{split}, {figures['images']} images, accuracy {figures['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
     plots.save_figure(figure, output_dir / "confusion_matrix.png")
     if mistakes:

@@ -46,18 +46,23 @@ RECIPE = Namespace(epochs=30, batch_size=64, lr=0.03, lrf=0.1, weight_decay=0.1)
 
 
 class Head(nn.Module):
-    """`fc` on standardised features, mean and std (channels,); starts as the function of `fc`."""
+    """`fc` on features that are standardised as those (n, channels) that it will learn from; starts
+    as the function of `fc`."""
 
-    def __init__(self, fc: nn.Linear, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, fc: nn.Linear, features: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        std, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        # A channel that hardly moves beside its mean keeps a scale that float32 can fold back:
+        # divided by less, rounding of fc.weight x - fc.weight mean would drown the logits.
+        std = std.clamp(min=1e-3 * torch.hypot(mean, std) + 1e-6)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", std.float())
         self.linear = nn.Linear(fc.in_features, fc.out_features)
         # In float64 on the CPU, wherever fc is: Apple's GPU has none.
         weight, bias = fc.weight.detach().cpu().double(), fc.bias.detach().cpu().double()
         with torch.no_grad():
-            self.linear.weight.copy_(weight * std.double())
-            self.linear.bias.copy_(bias + weight @ mean.double())
+            self.linear.weight.copy_(weight * self.std.double())
+            self.linear.bias.copy_(bias + weight @ self.mean.double())
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, channels) to logits (N, classes)."""
@@ -73,8 +78,7 @@ class Head(nn.Module):
 
 
 class FeatureLoader:
-    """Batches of features (N, channels) and classes (N,); with a seed, in another order in each
-    epoch."""
+    """Batches of features (N, channels) and classes (N,); with a seed, shuffled in each epoch."""
 
     def __init__(self, features: Tensor, labels: Tensor, size: int, seed: int | None) -> None:
         self.features, self.labels = features, labels
@@ -99,35 +103,21 @@ def head_and_data(
     row_of = dict(zip(paths, features, strict=True))
     loaders = []
     for name, (side, labels), order in (("train", train, seed), ("validate", val, None)):
-        kept = [(row_of[p], label) for p, label in zip(side, labels, strict=True)]
-        kept = [(row, label) for row, label in kept if not np.isnan(row[0])]  # could be read
-        if not kept:
+        rows = torch.from_numpy(np.stack([row_of[path] for path in side]))
+        good = ~rows[:, 0].isnan()  # could be read
+        if not good.any():
             raise RunError(f"no image to {name} on can be read")
-        rows, labels = zip(*kept, strict=True)
-        rows, labels = torch.from_numpy(np.stack(rows)), torch.tensor(labels)
-        loaders.append(FeatureLoader(rows, labels, batch_size, order))
-    mean, std = statistics(loaders[0].features)
-    head = Head(model.fc, mean, std).to(device)
+        loaders.append(FeatureLoader(rows[good], torch.tensor(labels)[good], batch_size, order))
+    head = Head(model.fc, loaders[0].features).to(device)
     return head, loaders[0], partial(evaluate, head, loaders[1], device)
-
-
-def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, float32 (channels,), of (n, channels)."""
-    # A channel that hardly moves beside its mean keeps a scale that float32 can fold back: divided
-    # by less, rounding of fc.weight x - fc.weight mean would drown the logits.
-    std, mean = torch.std_mean(features.double(), dim=0, correction=0)
-    return mean.float(), std.clamp(min=1e-3 * torch.hypot(mean, std) + 1e-6).float()
 
 
 def cached_features(
     model: nn.Module, paths: list[str], preprocessing: dict, device, bad: BadImages
 ) -> np.ndarray:
     """The features of images, float32 (n, channels), row i for paths[i], not a number where that
-    cannot be read; computed now or read from an earlier run.
-
-    The file in `CACHE` is named by a hash of the weights, the preprocessing and every image's
-    place, size and time, so a change of any of them computes anew.
-    """
+    cannot be read. They are kept in `CACHE`, in a file named by a hash of the weights, the
+    preprocessing and every image's place, size and time, and read from there the next time."""
     file, features = CACHE / f"{_key(model, paths, preprocessing)}.npy", None
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
         features = np.load(file, allow_pickle=False)

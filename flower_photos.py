@@ -6,7 +6,6 @@ They are licensed CC BY 2.0; LICENSE.txt in the archive credits each photographe
 import hashlib
 import os
 import shutil
-import tarfile
 from pathlib import Path
 
 from cli import RunError, notice
@@ -15,7 +14,7 @@ URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flo
 SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"  # of 229 MB
 
 
-def download_flower_photos(target: str | Path, url: str = URL, sha256: str = SHA256) -> Path:
+def download_flower_photos(target: str | Path, url: str = URL, sha256: str = SHA256) -> None:
     """Download, check and unpack the archive, so that `target`/daisy and so on exist.
 
     `target` appears only when all is unpacked, and is left alone where it is not empty. RunError
@@ -23,7 +22,7 @@ def download_flower_photos(target: str | Path, url: str = URL, sha256: str = SHA
     """
     target = Path(target)
     if target.exists() and any(target.iterdir()):
-        return target
+        return
     from torch.hub import download_url_to_file
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +32,8 @@ def download_flower_photos(target: str | Path, url: str = URL, sha256: str = SHA
         try:
             download_url_to_file(url, str(archive), sha256)
         except Exception as error:  # no network, or other bytes
-            reason = getattr(error, "reason", error)
-            raise RunError(
-                f"fetch {url} and put it at {archive}, or name another --data-path ({reason})"
-            ) from None
+            todo = f"fetch {url} and put it at {archive}, or name another --data-path"
+            raise RunError(f"{todo} ({getattr(error, 'reason', error)})") from None
     with open(archive, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
@@ -44,14 +41,10 @@ def download_flower_photos(target: str | Path, url: str = URL, sha256: str = SHA
     # Unpacked beside the target, then renamed: a half-unpacked folder never has its name.
     scratch = target.parent / f".{target.name}"
     shutil.rmtree(scratch, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        # Python before 3.11.4, such as Debian 12's, has no filters.
-        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        tar.extractall(scratch, **safe)
+    shutil.unpack_archive(archive, scratch)
     (folder,) = (path for path in scratch.iterdir() if path.is_dir())
     if target.exists():  # and is empty: Windows would not replace it
         target.rmdir()
     os.rename(folder, target)
     shutil.rmtree(scratch)
     archive.unlink()
-    return target

@@ -11,7 +11,6 @@ import random
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from cli import CIFAR10, FLOWER_PHOTOS, RunError, UsageError, notice, progress, require_data
 from image import SUFFIXES, ImageError
@@ -20,15 +19,6 @@ MOST_COMPARED = 100_000  # images; of more the sizes repeat, and each would be r
 MOST_BAD = 0.1  # share of the images that may be skipped before the disk must be damaged
 
 Images = dict[str, list[str]]  # class name -> paths
-
-
-class Split(NamedTuple):
-    """The two parts of a data set, and rows that name the images which make it doubtful: under two
-    classes, or on both sides."""
-
-    train: Images
-    val: Images
-    doubts: list[dict]
 
 
 def prepare_data(data_path: str) -> Path:
@@ -52,33 +42,30 @@ def find_images(root: str | Path) -> Images:
     image, images outside the class folders, and other files. UsageError if no folder holds an
     image, OSError if one cannot be listed.
     """
-    images, others, loose = {}, Counter(), 0
+    images, skipped, loose = {}, Counter(), 0
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     for entry in progress(entries, f"listing {root}"):
         if not entry.is_dir():
             loose += os.path.splitext(entry.name)[1].lower() in SUFFIXES
         elif not entry.name.startswith("."):
-            if found := images_below(entry.path, others):
+            if found := images_below(entry.path, skipped):
                 images[entry.name] = found
             else:
                 notice(f"skipped {entry.path}: no image in it")
-    if others:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-        notice(f"skipped files that are no images by their suffix: {kinds}")
+    if loose:
+        skipped["images in no class folder"] = loose
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
+        notice(f"skipped in {root}: {kinds}")
     if not images:
         hint = f"name the folder above it, {Path(root).absolute().parent}: " if loose else ""
         layout = f"expected {root}/CLASS/IMAGE with a suffix of {' '.join(sorted(SUFFIXES))}"
         raise UsageError(f"{hint}{root} holds no class folders with images; {layout}")
-    if loose:
-        notice(f"skipped images of {root} that lie in no class folder: {loose}")
-    if all(os.path.dirname(paths[0]) != os.path.join(root, name) for name, paths in images.items()):
-        deeper = Path(root, next(iter(images)))
-        notice(f"if each folder of {root} is a data set and no class, name one, such as {deeper}")
     return images
 
 
 def images_below(folder: str, others: Counter) -> list[str]:
-    """Images in a folder and in those below it; `others` counts the remaining suffixes."""
+    """Images in a folder and in those below it; `others` counts files with other suffixes."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -98,24 +85,16 @@ def images_below(folder: str, others: Counter) -> list[str]:
 def find_parts(root: str | Path) -> list[Images]:
     """The images of `train/` and of `val/` (or `valid/`, `validation/`, `test/`) where a root has
     these; else those of its class folders, as the only part."""
-    root = Path(root)
-    names = ("train", "val", "valid", "validation", "test")
-    sides = [root / name for name in names if _has_folders(root / name)]
+    sides = []
+    for name in ("train", "val", "valid", "validation", "test"):
+        # Where images, not folders, lie in it, it is a class of that name.
+        if any(path.is_dir() for path in Path(root, name).glob("[!.]*")):
+            sides.append(Path(root, name))
     if not sides or sides[0].name != "train":
         return [find_images(root)]
     if len(sides) == 1:
         raise UsageError(f"make a val/ or test/ beside it: {root} holds train/ alone")
-    if len(sides) > 2:
-        others = ", ".join(f"{side.name}/" for side in sides[2:])
-        notice(f"{root}: validation is {sides[1].name}/; {others} is not used")
     return [find_images(side) for side in sides[:2]]
-
-
-def _has_folders(path: Path) -> bool:
-    """False for a class that is called "train": images, not folders, lie in it."""
-    return path.is_dir() and any(
-        entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(path)
-    )
 
 
 def all_images(parts: list[Images]) -> Images:
@@ -136,8 +115,9 @@ def fingerprint(parts: list[Images]) -> str:
 
 def split_images(
     root: str | Path, val_rate: float, seed: int, parts: list[Images] | None = None
-) -> Split:
-    """Split into a training and a validation part; nothing is written.
+) -> tuple[Images, Images, list[dict]]:
+    """Split into a training and a validation part; the third result are rows that name the images
+    to doubt: in two classes, or on both sides. Nothing is written.
 
     Of one folder per class `int(n * val_rate)` images a class go to validation, drawn from the
     seed; `train/` and `val/` are taken as they are. Images that are the same to the byte stay
@@ -158,7 +138,7 @@ def split_images(
             rate = "" if len(parts) == 2 else f", or change --val-rate (now {val_rate})"
             has = f"class {name} has no image for {side}, of {sum(counts)} in all"
             raise UsageError(f"add images{rate}: {root}: {has}")
-    return Split(train, val, _doubts(train, val, equal))
+    return train, val, _doubts(train, val, equal)
 
 
 def _draw(images: Images, equal: list, val_rate: float, seed: int) -> tuple[Images, Images]:
@@ -178,21 +158,17 @@ def _draw(images: Images, equal: list, val_rate: float, seed: int) -> tuple[Imag
 
 def _doubts(train: Images, val: Images, equal: list) -> list[dict]:
     sides = (("train", train), ("val", val))
-    place = {p: (name, side) for side, images in sides for name in images for p in images[name]}
-    doubts = {"the same image in two classes": [], "the same image on both sides": []}
+    place = {p: {"class": c, "side": s} for s, images in sides for c in images for p in images[c]}
+    rows, number = [], 0
     for same in equal:
-        classes, sides = (set(values) for values in zip(*map(place.get, same), strict=True))
-        if len(classes) > 1:
-            doubts["the same image in two classes"].append(same)
-        elif len(sides) > 1:
-            doubts["the same image on both sides"].append(same)
-    rows = []
-    for problem, groups in doubts.items():
-        if groups:
-            notice(f"{problem.upper()}, {len(groups)} times; the first: {' and '.join(groups[0])}")
-        for number, path in ((n, path) for n, same in enumerate(groups, 1) for path in same):
-            about = {"problem": problem, "number": number, "path": path}
-            rows.append(about | dict(zip(("class", "side"), place[path], strict=True)))
+        classes, sides = ({place[path][kind] for path in same} for kind in ("class", "side"))
+        if len(classes) > 1 or len(sides) > 1:
+            problem = f"the same image {'in two classes' if len(classes) > 1 else 'on both sides'}"
+            number += 1
+            rows += [{"problem": problem, "number": number, "path": p} | place[p] for p in same]
+    if rows:
+        problem, pair = rows[0]["problem"].upper(), f"{rows[0]['path']} and {rows[1]['path']}"
+        notice(f"{problem}: {pair}; {len(rows)} images in all")
     return rows
 
 

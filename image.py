@@ -1,11 +1,6 @@
 """One image, for all scripts: open it safely, turn it upright, make it RGB, resize and crop; and
-`ahead`, to read many beside other work.
+`ahead`, to read many beside other work. No torch: an exported network needs none."""
 
-No torch here: an exported network needs none.
-"""
-
-import errno
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,9 +18,6 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error below
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged EXIF, at length
-
-# What the machine lacks is no fault of the image.
-MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -47,7 +39,7 @@ def default_preprocessing(model_name: str, small_images: bool = False) -> dict:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet. What goes wrong meanwhile becomes an ImageError,
-    but for what the machine lacks."""
+    but for a lack of memory, which is no fault of the image."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a quarter of a GiB as RGB
@@ -56,17 +48,10 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        if getattr(error, "errno", None) in MACHINE_ERRORS:
-            raise
-        raise ImageError(f"{printable(path)}: {printable(_reason(path, error))}") from None
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    with silence() if image.format == "TIFF" else nullcontext():  # libtiff is talkative
-        image.load()
-    with suppress(Exception):  # damaged EXIF: the pixels are still good
-        ImageOps.exif_transpose(image, in_place=True)
-    return _to_rgb(image)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"not an image: empty, damaged, or none of {', '.join(FORMATS)}"
+        raise ImageError(f"{printable(path)}: {printable(reason)}") from None
 
 
 def is_small(path: str | Path) -> bool:
@@ -81,20 +66,15 @@ def load_rgb(path: str | Path) -> Image.Image:
 
     Transparency lies over white; 16-bit grey is scaled to 8 bits, not clipped; of an animation
     the first frame is read. ImageError if it is missing, empty, truncated, over 89 million pixels,
-    or none of the `FORMATS`; OSError or MemoryError if the machine lacks something.
+    or none of the `FORMATS`.
     """
     with _opened(path) as image:
         return _decoded(image)
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-
-
-def load_crop(
-    path: str | Path, crop: Callable[[int, int], Box], side: int, spare: float
-) -> np.ndarray:
+def load_crop(path: str | Path, crop: Callable, side: int, spare: float) -> np.ndarray:
     """Read a part of an image, as `load_rgb` does, resized (bilinear, antialiased) to uint8
-    (side, side, 3). `crop` is given the width and height of the image upright.
+    (side, side, 3). `crop(width, height)` of the image upright is its left, top, right, bottom.
 
     Only the part is resized: less work, and no image is too long for the memory. The decoder of
     JPEG shrinks large photographs by 2, 4 or 8, so long as the part keeps `spare * side` pixels.
@@ -114,9 +94,11 @@ def load_crop(
         return np.array(upright.resize((side, side), Image.Resampling.BILINEAR, box))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
+def _decoded(image: Image.Image) -> Image.Image:
+    with silence() if image.format == "TIFF" else nullcontext():  # libtiff is talkative
+        image.load()
+    with suppress(Exception):  # damaged EXIF: the pixels are still good
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # "I;16" and, where Pillow has no better mode, "I"
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -128,15 +110,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _reason(path: str | Path, error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        if os.path.getsize(path) == 0:
-            return "the file is empty"
-        return f"not an image, or damaged, or none of {', '.join(FORMATS)}"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_centre(path: str | Path, preprocessing: dict) -> np.ndarray:
@@ -148,7 +122,7 @@ def load_centre(path: str | Path, preprocessing: dict) -> np.ndarray:
     """
     resize, crop = preprocessing["resize"], preprocessing["crop"]
 
-    def centre(*size: int) -> Box:
+    def centre(*size: int) -> tuple:
         edges = []  # left and right, then top and bottom
         for pixels in size:
             resized = resize * pixels // min(size)

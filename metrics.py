@@ -16,7 +16,6 @@ class Tally:
     [truth, prediction], of answers that come batch by batch."""
 
     def __init__(self, classes: int) -> None:
-        self.images = 0
         self.confusion = np.zeros((classes, classes), np.int64)
         self._loss_sum = 0.0
         self._top5_hits = 0
@@ -33,7 +32,6 @@ class Tally:
         wide -= wide.max(1, keepdims=True)
         truth = wide[np.arange(len(labels)), labels]  # (n,)
         losses = np.log(np.exp(wide).sum(1)) - truth
-        self.images += len(labels)
         self._loss_sum += losses.sum()
         self._top5_hits += int(((wide > truth[:, None]).sum(1) < 5).sum())
         np.add.at(self.confusion, (labels, logits.argmax(1)), 1)
@@ -42,13 +40,14 @@ class Tally:
     def figures(self) -> dict:
         """Mean loss; accuracy and top5, 0 to 1 (None for five classes or fewer); images. RunError
         if none could be read."""
-        if not self.images:
+        images = int(self.confusion.sum())
+        if not images:
             raise RunError("none of the images to measure on can be read")
         return {
-            "accuracy": float(self.confusion.trace() / self.images),
-            "top5": self._top5_hits / self.images if len(self.confusion) > 5 else None,
-            "loss": float(self._loss_sum / self.images),
-            "images": self.images,
+            "accuracy": float(self.confusion.trace() / images),
+            "top5": self._top5_hits / images if len(self.confusion) > 5 else None,
+            "loss": float(self._loss_sum / images),
+            "images": images,
         }
 
 
@@ -56,7 +55,6 @@ def sum_up(tallies: list[Tally]) -> Tally:
     """The figures of several parts as one."""
     whole = Tally(len(tallies[0].confusion))
     for tally in tallies:
-        whole.images += tally.images
         whole.confusion += tally.confusion
         whole._loss_sum += tally._loss_sum
         whole._top5_hits += tally._top5_hits

@@ -52,21 +52,16 @@ class FoldedConv(nn.Module):
 
 
 def optimize_for_inference(model: ShuffleNetV1 | ShuffleNetV2) -> "Optimized":
-    """A network that computes what `model` computes, faster, on the same device and in the same
-    precision; `model` is left as it is.
-
-    ValueError for a model in train mode, where batch norm depends on the batch; TypeError for what
-    is no ShuffleNet of `model.py`, or has units of another kind.
-    """
-    if any(module.training for module in model.modules()):
-        raise ValueError("call model.eval() first: the model is in train mode")
+    """A network that computes what `model` computes in eval mode, faster, on the same device and in
+    the same precision; `model` is left as it is. TypeError for what is no ShuffleNet of `model.py`,
+    or has units of another kind."""
     unit_kind = {ShuffleNetV1: ShuffleUnit, ShuffleNetV2: InvertedResidual}.get(type(model))
     stages = [model.stage2, model.stage3, model.stage4] if unit_kind else []
     if not unit_kind or any(type(unit) is not unit_kind for stage in stages for unit in stage):
         raise TypeError(f"{type(model).__name__} is no ShuffleNetV1 or ShuffleNetV2 of model.py")
     device = next(model.parameters()).device
-    network = copy.deepcopy(model).requires_grad_(False).cpu()  # Apple's GPU has no float64
-    # In float64: it will be rounded once.
+    network = copy.deepcopy(model).requires_grad_(False).eval().cpu()
+    # In float64, to be rounded once; on the CPU, since Apple's GPU has none.
     _fold_batch_norms(network.double(), fuse_conv_bn_eval)
     if isinstance(network, ShuffleNetV2):
         network.stage2 = DealtStage(network.stage2)

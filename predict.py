@@ -51,7 +51,8 @@ def main(args: cli.Words = None) -> list[dict]:
     """Classify as the options say; returns what `--json` prints."""
     args = cli.parse(build_parser(), args)
     for place in args.images:
-        cli.require_path(place, "image", folder=os.path.isdir(place))
+        if not os.path.isdir(place):
+            cli.require_path(place, "image")
     weights = cli.require_weights(args.weights)
     if args.explain and weights.suffix.lower() == ".onnx":
         raise UsageError(f"--explain: use a .pth file, which has feature maps; {weights} has none")

@@ -37,19 +37,21 @@ def build_parser() -> cli.Parser:
     add("-j", "--workers", type=cli.number(int, 0), default=min(max(1, cli.cores() - 1), 8),
         metavar="N", help="threads that read images beside training; 0 reads between the steps")
 
-    network = parser.add_argument_group("network")
-    add = network.add_argument
+    add = parser.add_argument_group("network").add_argument
     add("--model", default="shufflenet_v2_x1_0", metavar="NAME",
         help="shufflenet_v2_ x0_5, x1_0, x1_5, x2_0, or shufflenet_v1_ x0_25 to x2_0 _g1 to _g8")
     add("--weights", default="", metavar="FILE",
         help="weights to start from: a file, or 'imagenet' for torchvision's (downloaded)")
-    cli.add_switch(network, "freeze-layers", "train only the last layer, fc")
+    add("--freeze-layers", nargs="?", const=True, default=False, type=cli.true_or_false,
+        metavar="true|false", help="train only the last layer, fc")
+    add("--no-freeze-layers", dest="freeze_layers", action="store_false", help=argparse.SUPPRESS)
     add("--cache-features", action=argparse.BooleanOptionalAction, default=True,
         help="with --freeze-layers: compute what fc sees of each image once, and keep it in .cache")
-    cli.add_switch(network, "fc-first", "train fc alone first, then every layer: the gradients of "
-        "a new fc would spoil them (if omitted: when --weights leaves fc new)", default=None)
-    cli.add_switch(network, "freeze-bn", "keep batch norm's statistics, scale and shift (if "
-        "omitted: as --fc-first)", default=None)
+    add("--fc-first", action=argparse.BooleanOptionalAction,
+        help="train fc alone first, then every layer: the gradients of a new fc would spoil them "
+        "(if omitted: when --weights leaves fc new)")
+    add("--freeze-bn", action=argparse.BooleanOptionalAction,
+        help="keep batch norm's statistics, scale and shift (if omitted: as --fc-first)")
     add("--small-images", action=argparse.BooleanOptionalAction,
         help="a network for 32 pixels, whose first layers shrink nothing (if omitted: without "
         "--weights where the first image has at most 48)")

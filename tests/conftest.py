@@ -1,9 +1,11 @@
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from sample_flowers import draw_sample_flowers
 
 import export
@@ -12,6 +14,11 @@ import train
 # Before torch is imported: two test processes share two cores. Scripts that they start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
+
+
+def noise(width, height, seed=0):
+    pixels = random.Random(seed).randbytes(3 * width * height)
+    return Image.frombytes("RGB", (width, height), pixels)
 
 
 def small(flowers, folder, *more):

@@ -10,15 +10,7 @@ import pytest
 from conftest import ROOT
 
 import cli
-
-
-def parse(*words):
-    parser = cli.Parser()
-    cli.add_switch(parser, "freeze-layers", "help")
-    cli.add_inference(parser)
-    parser.add_argument("--lr", type=cli.number(float, 1e-30), help="rate", metavar="RATE")
-    parser.add_argument("--epochs", type=cli.number(int, 1), default=3, help="passes")
-    return parser.parse_args(words)
+import train
 
 
 def leave(main):
@@ -37,7 +29,7 @@ SWITCHES |= {"--freeze-layers=false": False, "--freeze-layers --no-freeze-layers
 
 @pytest.mark.parametrize(("words", "value"), SWITCHES.items())
 def test_a_switch_means_what_it_says(words, value):
-    args = parse(*words.split())
+    args = train.build_parser().parse_args(words.split())
     assert args.freeze_layers is value
     assert args.words == words.split()
 
@@ -57,18 +49,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES.items())
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, words, message):
-    assert leave(lambda: parse(*words.split(" "))) == 2
+    assert leave(lambda: train.main(words.split(" "))) == 2
     out, err = capsys.readouterr()
     assert (out, err[:7], err.count("\n")) == ("", "error: ", 1)
     assert err.endswith(f"{message}\n")
-
-
-def test_help_prints_the_defaults_that_there_are(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    out = capsys.readouterr().out
-    assert "passes (default: 3)" in out
-    assert "(default: None)" not in out
 
 
 OUTCOMES = [
@@ -93,13 +77,6 @@ def test_progress_in_a_log_is_a_line_every_ten_seconds(capsys, monkeypatch):
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
     assert list(cli.progress(iter(range(11)), "reading", 11)) == list(range(11))
     assert capsys.readouterr().err == "reading: 3 of 11\nreading: 7 of 11\n"
-
-
-def test_a_library_is_silenced_and_a_notice_is_not(capfd):
-    with cli.silence():
-        os.write(2, b"TIFFReadDirectory: Warning")
-    cli.notice("heard")
-    assert capfd.readouterr().err == "heard\n"
 
 
 def run(code, **options):
@@ -169,3 +146,10 @@ def test_newest_run_and_fresh_folders(tmp_path, monkeypatch):
     assert len({cli.make_folder(None, "x") for _ in range(3)}) == 3
     with pytest.raises(cli.UsageError, match="^name another --output-dir: runs/b/best.pth/x: "):
         cli.make_folder("runs/b/best.pth/x", "")
+
+
+def test_a_library_is_silenced_and_a_notice_is_not(capfd):
+    with cli.silence():
+        os.write(2, b"TIFFReadDirectory: Warning")
+    cli.notice("heard")
+    assert capfd.readouterr().err == "heard\n"

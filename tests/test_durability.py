@@ -137,27 +137,9 @@ def test_a_signal_ends_a_run_at_once(flowers, tmp_path, begin, signum):
         checkpoint.load(out / "last.pth")
 
 
-def test_a_signal_before_training_ends_in_one_line(tmp_path, flowers, begin):
-    process = begin(*small(flowers, tmp_path / "out"))
-    time.sleep(0.7)  # torch is being imported
-    process.terminate()
-    assert process.communicate(timeout=60)[1] == "error: terminated\n"
-    assert process.returncode == 143
-
-
 def test_a_run_that_another_overtook_does_not_write_over_it(run_dir):
     with pytest.raises(UsageError, match="holds a run"):
         run.Run(run_dir, {}, None)
-
-
-def test_a_damaged_last_pth_is_one_line(run_dir, tmp_path):
-    out = shutil.copytree(run_dir, tmp_path / "out")
-    data = (out / "last.pth").read_bytes()
-    for wrong in (data[:-1000], b"", data[:50_000] + b"x" + data[50_001:]):
-        (out / "last.pth").write_bytes(wrong)
-        with pytest.raises(RunError, match=r"last\.pth: not a weight file, or damaged: ") as caught:
-            train.main(["--resume", out])
-        assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_ends_with_a_clear_line_and_the_last_good_checkpoint(run_dir, tmp_path):
@@ -188,17 +170,6 @@ def test_bad_images_are_named_once_in_every_run_and_passed_over(damaged, tmp_pat
         err = capsys.readouterr().err
         assert err.count("skipped: ") == 2
         assert err.count("roses_001.jpg: ") == err.count("tulips_002.jpg: ") == 1
-
-
-def test_a_broken_disk_does_not_look_like_a_small_data_set(flowers, tmp_path):
-    """A tenth may be bad: of 40 images four, not five."""
-    data = shutil.copytree(flowers, tmp_path / "d")
-    for index, path in enumerate(sorted(data.glob("*/*"))[:5]):
-        if index == 4:
-            train.main(small(data, tmp_path / "out", "--epochs", 1))
-        path.write_bytes(b"")
-    with pytest.raises(RunError, match="5 of 40 images cannot be read, more than 10%"):
-        train.main(small(data, tmp_path / "out2", "--epochs", 1))
 
 
 def test_eval_counts_what_it_passed_over(damaged, run_dir, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import noise
 from PIL import Image
 from torchvision import transforms
 
@@ -14,16 +15,10 @@ from folders import BadImages
 from image import IMAGENET_MEAN, IMAGENET_STD, ImageError, default_preprocessing
 from my_dataset import DeviceLoader, MyDataSet, Normalize, random_box, train_transform
 
-PHOTOS = sorted((Path(__file__).parents[2] / "shared/data/flower_photos").glob("*/*.jpg"))[::125]
 CPU = torch.device("cpu")
 PREPROCESSING = default_preprocessing("shufflenet_v2_x1_0")
 SMALL = {**PREPROCESSING, "resize": 40, "crop": 32}
 OF_TORCHVISION = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-
-
-def noise(width, height, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture
@@ -66,16 +61,6 @@ def test_normalize_gives_the_floats_of_torchvision_for_every_value():
     theirs = transforms.Compose(OF_TORCHVISION)(image)
     assert torch.equal(ours, torch.stack([theirs, theirs.flip(1)]))
     assert bytes_.dtype == torch.uint8
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_normalize_does_not_wait_for_the_gpu():
-    normalize, images = Normalize(SMALL).cuda(), torch.zeros(2, 3, 8, 8).byte().cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        normalize(images)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 200), (64, 64), (2000, 20), (1, 90)])

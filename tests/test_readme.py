@@ -40,7 +40,7 @@ def newcomer(flowers, torchvision_file, elsewhere, tmp_path, monkeypatch):
     place.parent.mkdir(parents=True)
     torch.save(torchvision.models.shufflenet_v2_x1_0().state_dict(), place)
     shutil.copy(torchvision_file, "FILE")
-    for name in ("data/flower_photos", "my_images", "PHOTOS"):
+    for name in ("data/flower_photos", "data/cifar10", "my_images", "PHOTOS"):
         shutil.copytree(flowers, name)
     for name in ("photo.jpg", "IMAGE"):
         shutil.copy(flowers / "roses" / "roses_000.jpg", name)
