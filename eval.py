@@ -58,31 +58,11 @@ def main(args: cli.Words = None) -> dict:
     cli.introduce(weights, network, f"; {network.computed_by}")
     classes = network.classes
 
-    # The data and the split of the run; classes by the name of their folder.
-    data_path = args.data_path or network.args.get("data_path")
-    if not data_path:
-        raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
-    root = folders.prepare_data(data_path)
-    parts = folders.find_parts(root)
-    data = folders.fingerprint(parts)
-    distributed.require_same(data, data_path)
-    trained_on = data == network.args.get("data")
-    split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
-    if split == "all":
-        images = folders.all_images(parts)
-    else:
-        if len(parts) == 1:
-            val_rate, seed = network.args.get("val_rate") or 0.2, network.args.get("seed") or 0
-            parts = folders.split_images(root, val_rate, seed, parts)
-        images = parts[split == "val"]
+    images, split, root, whose = _choose(network, weights, args)
     if len(images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, images)):
         classes = list(images)  # folders of ImageNet, which are in the order of its classes
-    if unknown := sorted(images.keys() - set(classes)):
-        raise UsageError(f"rename or remove {unknown[0]} in {root}: {weights} knows no such class")
+    folders.refuse_unknown(images, classes, root)
     paths, labels = folders.with_labels(images, classes)
-    whose = "what the run was trained on" if trained_on else "not what the run was trained on"
-    if not trained_on and str(root.resolve()) == network.args.get("data_path"):
-        whose = "changed since the run learnt from it, which flatters accuracy"
     notice(f"{root}: {split}, {len(paths)} images; {whose}")
     bad, mine = folders.BadImages(len(paths)), distributed.share(paths)
     if not distributed.RANK:
@@ -102,12 +82,12 @@ def main(args: cli.Words = None) -> dict:
     title = f"{split}, {figures['images']} images, accuracy {figures['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
     plots.save_figure(figure, output_dir / "confusion_matrix.png")
-    if mistakes:
-        panels = []
-        for row in mistakes[:MISTAKES]:
-            truth = f"is {plots.short(row['class'])}, {row['prob_of_class']:.3f}"
-            answer = f"{plots.short(row['prediction'])} {row['prob']:.3f}"
-            panels.append(plots.Panel(row["path"], answer, False, [truth]))
+    panels = []
+    for row in mistakes[:MISTAKES]:
+        truth = f"is {plots.short(row['class'])}, {row['prob_of_class']:.3f}"
+        answer = f"{plots.short(row['prediction'])} {row['prob']:.3f}"
+        panels.append(plots.Panel(row["path"], answer, False, [truth]))
+    if panels:
         plots.save_figure(plots.draw_images(panels), output_dir / "mistakes.png")
     _print_table(report, figures)
     about = {"bad_images": len(bad.seen), "split": split, "weights": str(weights)}
@@ -115,6 +95,30 @@ def main(args: cli.Words = None) -> dict:
     summary = figures | about
     cli.say(json.dumps(summary))
     return summary | {"per_class": report}
+
+
+def _choose(network, weights, args) -> tuple:
+    """The images to measure by class, which part of the data they are, its folder, and what that
+    is to the run."""
+    import folders
+
+    data_path = args.data_path or network.args.get("data_path")
+    if not data_path:
+        raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
+    root = folders.prepare_data(data_path)
+    parts = folders.find_parts(root)
+    data = folders.fingerprint(parts)
+    distributed.require_same(data, data_path)
+    trained_on = data == network.args.get("data")
+    split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
+    if split == "all":
+        images = folders.all_images(parts)
+    else:
+        images = folders.sides(root, parts, network.args)[split == "val"]
+    whose = "what the run was trained on" if trained_on else "not what the run was trained on"
+    if not trained_on and str(root.resolve()) == network.args.get("data_path"):
+        whose = "changed since the run learnt from it, which flatters accuracy"
+    return images, split, root, whose
 
 
 def _print_table(report: list[dict], figures: dict) -> None:

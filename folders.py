@@ -141,6 +141,15 @@ def split_images(
     return train, val, _doubts(train, val, equal)
 
 
+def sides(root: str | Path, parts: list[Images], args: dict) -> tuple[Images, Images]:
+    """Training and validation images of `find_parts(root)`: `train/` and `val/` as they are, else
+    drawn as by the run whose options are `args`."""
+    if len(parts) == 2:
+        return tuple(parts)
+    val_rate, seed = args.get("val_rate") or 0.2, args.get("seed") or 0
+    return split_images(root, val_rate, seed, parts)[:2]
+
+
 def _draw(images: Images, equal: list, val_rate: float, seed: int) -> tuple[Images, Images]:
     generator = random.Random(seed)  # one for all classes: the tutorial's split at seed 0
     drawn = set()
@@ -190,6 +199,14 @@ def with_labels(images: Images, classes: list[str]) -> tuple[list[str], list[int
     index = {name: i for i, name in enumerate(classes)}
     paths = [path for found in images.values() for path in found]
     return paths, [index[name] for name, found in images.items() for _ in found]
+
+
+def refuse_unknown(images: Images, classes: list[str], root: str | Path) -> None:
+    """Raise UsageError if there is a class that the network does not know."""
+    if unknown := sorted(images.keys() - set(classes)):
+        raise UsageError(
+            f"rename or remove {unknown[0]} in {root}: the network knows no such class"
+        )
 
 
 class BadImages:

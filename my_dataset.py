@@ -71,11 +71,6 @@ def train_transform(size: int, random_erase: float = 0.0) -> Callable:
     return transform
 
 
-def centre_transform(preprocessing: dict) -> Callable:
-    """Reads what evaluation sees; draws nothing."""
-    return lambda path, rng: load_centre(path, preprocessing)
-
-
 def small_transform(preprocessing: dict, random_erase: float = 0.0) -> Callable:
     """Shifts the image that evaluation sees by up to an eighth of its side, mirrors and erases at
     random; uint8 (crop, crop, 3). Each image is decoded once and kept in memory."""
@@ -91,6 +86,15 @@ def small_transform(preprocessing: dict, random_erase: float = 0.0) -> Callable:
         return _mirror_and_erase(pixels, random_erase, rng)
 
     return transform
+
+
+def choose_transform(options, cached: bool, preprocessing: dict) -> Callable:
+    """What train.py reads of an image: with cached features what evaluation sees, and no draw."""
+    if cached:
+        return lambda path, rng: load_centre(path, preprocessing)
+    if options.small_images:
+        return small_transform(preprocessing, options.random_erase)
+    return train_transform(options.train_size or preprocessing["crop"], options.random_erase)
 
 
 def _mirror_and_erase(pixels: np.ndarray, random_erase: float, rng: random.Random) -> np.ndarray:

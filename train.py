@@ -101,19 +101,14 @@ def main(args: cli.Words = None) -> dict:
 
     import features
     import folders
+    import my_dataset
     import run as runs
     import utils
     from files import locked, save_rows
-    from image import default_preprocessing, is_small
+    from image import default_preprocessing
     from inference import validate_network
     from model import VARIANTS
-    from my_dataset import (
-        DeviceLoader,
-        MyDataSet,
-        centre_transform,
-        small_transform,
-        train_transform,
-    )
+    from my_dataset import DeviceLoader, MyDataSet
     from optimize import optimize_for_training
 
     state = None
@@ -148,13 +143,9 @@ def main(args: cli.Words = None) -> dict:
     # Network.
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # CUDA's convolutions repeat their results
-    if args.small_images is None:
-        args.small_images = not (args.weights or args.train_size) and is_small(train[0][0])
-        if args.small_images:
-            notice("--small-images: the first image is small (--no-small-images enlarges them)")
-    preprocessing = default_preprocessing(args.model, args.small_images)
-    model = build_network(args, classes, state)
+    model = build_network(args, classes, state, train[0][0])
     model.to(device, memory_format=utils.memory_format(device))
+    preprocessing = default_preprocessing(args.model, args.small_images)
     if args.batch_size > len(train[0]):
         notice(f"use a smaller --batch-size: {args.batch_size} images are more than there are")
     cached = args.freeze_layers and args.cache_features
@@ -169,12 +160,7 @@ def main(args: cli.Words = None) -> dict:
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
         if doubts and not distributed.RANK:
             save_rows(doubts, output_dir / "doubts.csv")
-        if cached:
-            transform = centre_transform(preprocessing)
-        elif args.small_images:
-            transform = small_transform(preprocessing, args.random_erase)
-        else:
-            transform = train_transform(args.train_size or 224, args.random_erase)
+        transform = my_dataset.choose_transform(args, cached, preprocessing)
         train_set = MyDataSet(*train, transform, args.seed)
         if not state and not distributed.RANK:
             run.save_last(model, None)  # so that there always is something to resume
@@ -221,21 +207,32 @@ def main(args: cli.Words = None) -> dict:
             run.finish(*val, device)
 
     torch.set_num_threads(threads)  # of whoever called this
-    best_file = output_dir / "best.pth"
+    return report(run, len(train[0]), len(val[0]), start)
+
+
+def report(run, train_images: int, val_images: int, start: float) -> dict:
+    """Say what came of it, and what to do next; `start` is of time.perf_counter."""
+    best_file = run.folder / "best.pth"
     next_step = f"python predict.py IMAGE --weights {best_file}, or python eval.py"
     notice(f"{best_file} holds epoch {run.best['epoch']}; next: {next_step}")
     summary = {"best_accuracy": run.best["accuracy"], "best_epoch": run.best["epoch"]}
-    summary |= {"epochs": run.epoch, "train_images": len(train[0]), "val_images": len(val[0])}
-    summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": args.output_dir}
+    summary |= {"epochs": run.epoch, "train_images": train_images, "val_images": val_images}
+    summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(run.folder)}
     cli.say(json.dumps(summary))
     return summary
 
 
-def build_network(args: argparse.Namespace, classes: list[str], state: dict | None):
+def build_network(args, classes: list[str], state: dict | None, first_image: str):
     """The network to start or to go on with, frozen as the options say; chooses those omitted."""
     import checkpoint
     import utils
+    from image import is_small
     from model import build_model
+
+    if args.small_images is None:
+        args.small_images = not (args.weights or args.train_size) and is_small(first_image)
+        if args.small_images:
+            notice("--small-images: the first image is small (--no-small-images enlarges them)")
 
     model, new_fc = build_model(args.model, len(classes), args.small_images), True
     if state:

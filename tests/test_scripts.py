@@ -445,7 +445,9 @@ def test_eval_goes_by_the_names_of_folders_not_by_their_place(flowers, tmp_path,
     assert list(kept) == ["roses", "tulips"]
     assert kept.items() <= {row["class"]: row["recall"] for row in whole["per_class"]}.items()
     (tmp_path / "two" / "roses").rename(tmp_path / "two" / "violets")
-    with pytest.raises(UsageError, match="rename or remove violets in two: .* knows no such"):
+    with pytest.raises(
+        UsageError, match="rename or remove violets in two: the network knows no such"
+    ):
         evaluation.main([*options, "--data-path", "two"])
 
 
