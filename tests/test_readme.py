@@ -15,7 +15,7 @@ from conftest import ROOT
 READMES = ["README.md", "README.zh-CN.md"]
 DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 # These take minutes, and are tested elsewhere.
-LONG = ("tools/benchmark.py", "tools/baseline.py", "tests/soak.py")
+LONG = ("tools/benchmark.py", "tools/baseline.py", "tools/papers.py", "tests/soak.py")
 
 
 def read(page):
