@@ -6,6 +6,7 @@
 Prints Markdown tables; docs/papers.md discusses them. "v1" and "v2" are the papers of model.py.
 """
 
+import itertools
 import sys
 from collections import Counter, defaultdict
 from functools import partial
@@ -31,8 +32,8 @@ conv = partial(nn.Conv2d, kernel_size=1)  # with a bias, as if batch norm were f
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description="Measure what the papers claim.")
     kinds = parser.add_subparsers(dest="what", required=True)
-    kinds.add_parser("complexity")
-    add = kinds.add_parser("guidelines").add_argument
+    kinds.add_parser("complexity", description="Count every variant.")
+    add = kinds.add_parser("guidelines", description="Time the experiments behind v2.").add_argument
     add("--quick", action="store_true", help="3 rounds instead of 15")
     add("--plot", metavar="FILE", help="draw the relative speeds as bars")
     add("--device", **cli.DEVICE)
@@ -241,23 +242,24 @@ def measure(device: torch.device, rounds: int, scales=(1, 2, 4), seconds=0.1) ->
     """Images of 56x56 pixels per second, {(table, row): (rounds, scales)}.
 
     Channels, batch and threads are the paper's: 8 images on a GPU, else one image on one thread.
-    The rows of a table take turns, so that a busy machine slows them alike. Networks are built anew
-    for every turn: where in memory they lie makes a difference.
+    The rows of a table take turns, so that a busy machine slows them alike. All networks are there
+    from the start, since building one between turns moves what is allocated, and speeds jump.
     """
     from torch.utils.benchmark import Timer  # its import says so if there is no GPU
 
     torch.backends.cudnn.benchmark = True  # as in the paper
     gpu, batch = device.type != "cpu", 1 if device.type == "cpu" else 8
-    turns = [(table, n, row) for table, (_, rows) in TABLES.items() for n in scales for row in rows]
-    speeds = defaultdict(list)
+    timers, speeds = {}, defaultdict(list)
     with torch.inference_mode(), device:
-        for table, scale, row in cli.progress(turns * rounds, "guidelines"):
-            network, channels = build(table, row, gpu, scale)
-            x = torch.randn(batch, channels[0], 56, 56)
-            network(x)  # warms up
-            names = {"network": network, "x": x}
-            timer = Timer("network(x)", globals=names, num_threads=1)
-            run = timer.blocked_autorange(min_run_time=seconds)  # waits for the GPU
+        for table, (_, rows) in TABLES.items():
+            for scale, row in itertools.product(scales, rows):
+                network, channels = build(table, row, gpu, scale)
+                names = {"network": network, "x": torch.randn(batch, channels[0], 56, 56)}
+                network(names["x"])  # lets cuDNN choose
+                timers[table, scale, row] = Timer("network(x)", globals=names, num_threads=1)
+        for table, scale, row in cli.progress([*timers] * rounds, "guidelines"):
+            # Warms up, and waits for the GPU.
+            run = timers[table, scale, row].blocked_autorange(min_run_time=seconds)
             speeds[table, row].append(batch / run.median)
     return {key: np.reshape(values, (rounds, -1)) for key, values in speeds.items()}
 
@@ -277,15 +279,14 @@ def compare(speeds: dict, gpu: bool) -> dict[str, dict[str, dict]]:
             with torch.device("meta"):
                 network, channels = build(table, row, gpu)
             multiply_adds, memory, _ = count(network, channels[0], 56, 56)[""]
+            medians = np.median(speeds[table, row], axis=0)
             turns = relative(speeds[table, row], speeds[table, first])
             lines[row] = {
                 table: row,
                 "channels, x1": "-".join(map(str, channels)),
                 "multiply-adds, M": multiply_adds,
                 "memory access, M": memory,
-                "images/s, x1, x2, x4": ", ".join(
-                    f"{x:.4g}" for x in np.median(speeds[table, row], 0)
-                ),
+                "images/s, x1, x2, x4": ", ".join(f"{speed:.4g}" for speed in medians),
                 "here": np.median(turns),
                 "range": f"{min(turns):.2f} to {max(turns):.2f}",
                 "paper, GPU": relative(gpu_speeds, rows[first][3]),
@@ -311,7 +312,8 @@ def draw(results: dict[str, dict[str, dict]], machine: str) -> Figure:
             bars = axes.bar(places, heights, 0.26, label=label, color=colour)
             axes.bar_label(bars, fmt="%.2f", fontsize=7)
         axes.set_xticks(range(len(lines)), lines)
-        axes.set(title=table, ylim=(0, 1.2), ylabel="relative speed")
+        axes.set(title=table, ylabel="relative speed")
+        axes.margins(y=0.1)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"Speed at equal multiply-adds, relative to the first; here: {machine}")
     return figure
