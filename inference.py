@@ -90,7 +90,7 @@ def _open_onnx(weights: Path, runtime: str, threads: int) -> tuple[Run, list]:
     try:
         run, metadata = OPEN[runtime](weights, threads)
         about = [json.loads(metadata[name]) for name in ("classes", "preprocessing", "args")]
-        run = _of_bytes(run, about[1])
+        run = of_bytes(run, about[1])
         crop = about[1]["crop"]
         outputs = run(np.zeros((1, crop, crop, 3), np.uint8)).shape[1]
     except ImportError:
@@ -103,7 +103,7 @@ def _open_onnx(weights: Path, runtime: str, threads: int) -> tuple[Run, list]:
     return run, [metadata.get("model_name", "unknown"), *about]
 
 
-def _of_bytes(run: Run, preprocessing: dict) -> Run:
+def of_bytes(run: Run, preprocessing: dict) -> Run:
     """A function of bytes (N, H, W, 3) of one that wants normalised images (N, 3, H, W)."""
     # (x / 255 - mean) / std, as my_dataset.Normalize
     mean, std = np.array(preprocessing["mean"]), np.array(preprocessing["std"])

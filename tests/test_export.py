@@ -1,6 +1,7 @@
 """The exported file: what it holds, and that a wrong one is not left."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 import export
-from cli import RunError
+import folders
+import quantize
+from checkpoint import load_trained
+from cli import RunError, UsageError
 from inference import Classifier
 from model import build_model
 
@@ -27,6 +31,40 @@ def test_the_file_is_standard_and_speaks_for_itself(onnx_file):
     assert about["model_name"] == "shufflenet_v2_x0_5"
     assert json.loads(about["classes"])[0] == "daisy"
     assert json.loads(about["preprocessing"])["crop"] == 224
+
+
+def test_a_json_beside_it_tells_a_client_what_to_do(onnx_file):
+    about = json.loads(onnx_file.with_suffix(".json").read_text())
+    assert about["classes"] == ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
+    assert about["preprocessing"] | {"resize": 256, "crop": 224} == about["preprocessing"]
+    assert about["input"]["shape"] == ["batch", 3, 224, 224]
+    assert (about["input"]["name"], about["output"]["name"]) == ("input", "logits")
+    assert "softmax" in about["output"]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_in_8_bits_it_is_a_third_and_answers_alike(onnx_file, run_dir, flowers, tmp_path, runtime):
+    data, trained = onnx_file.read_bytes(), load_trained(run_dir / "best.pth")
+    train, val = folders.sides(flowers, folders.find_parts(flowers), {})
+    small, figures = quantize.quantize_and_measure(data, trained, train, val)
+    assert len(small) < 0.4 * len(data)
+    assert (figures["val_images"], figures["float_megabytes"]) == (5, round(len(data) / 1e6, 2))
+    (path := tmp_path / "int8.onnx").write_bytes(small)
+    exact, rounded = Classifier(onnx_file), Classifier(path, runtime=runtime)
+    assert (rounded.classes, rounded.preprocessing) == (exact.classes, exact.preprocessing)
+    paths = [path for paths in train.values() for path in paths]
+    differences = []
+    for (_, ours), (_, theirs) in zip(exact.stream(paths), rounded.stream(paths), strict=True):
+        differences.append(abs(ours - theirs).max() / abs(ours).max())
+    assert 0 < np.median(differences) < 0.1
+
+
+def test_classes_that_the_network_does_not_know_cannot_calibrate_it(run_dir, flowers, tmp_path):
+    for name in ("roses", "violets"):
+        shutil.copytree(flowers / "roses", tmp_path / "two" / name)
+    words = ["--weights", run_dir / "best.pth", "--output", tmp_path / "x.onnx"]
+    with pytest.raises(UsageError, match="^rename or remove violets in .*two: the network knows"):
+        export.main([*words, "--int8", tmp_path / "two"])
 
 
 def test_v2_moves_no_channel_for_nothing(onnx_file):

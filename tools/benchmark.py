@@ -41,6 +41,7 @@ import cli
 import export
 from model import build_model
 from optimize import optimize_for_inference
+from quantize import quantize
 
 MODELS = [f"shufflenet_v2_{width}" for width in ("x0_5", "x1_0", "x1_5", "x2_0")]
 EXTENSIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_tile": "AMX", "avx512_bf16": "bfloat16"}
@@ -119,31 +120,36 @@ def measure_inference(args: Namespace) -> Iterator[tuple[str, dict]]:
     theirs, ours = same_networks(args.model, 1000)
     networks = in_runtimes("torchvision", theirs)
     networks |= in_runtimes("ours", optimize_for_inference(ours))
+    networks |= in_runtimes("ours, int8", optimize_for_inference(ours), in_8_bits=True)
     for batch in args.batch_sizes:
         x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
         expected = networks["torchvision, PyTorch"](x)
         tolerance, calls = 1e-4 * abs(expected).max(), max(1, TURN // batch)
         for name, run in [*networks.items()] * args.rounds:
-            # A fast wrong answer is an error; this call warms up, too.
-            np.testing.assert_allclose(run(x), expected, rtol=0, atol=tolerance, err_msg=name)
+            # A fast wrong answer is an error; this call warms up, too. 8 bits are not exact.
+            atol = 3000 * tolerance if "int8" in name else tolerance
+            np.testing.assert_allclose(run(x), expected, rtol=0, atol=atol, err_msg=name)
             start = time.perf_counter()
             for _ in range(calls):
                 run(x)
             yield name, {f"img/s, batch {batch}": calls * batch / (time.perf_counter() - start)}
 
 
-def in_runtimes(name: str, network) -> dict[str, Callable]:
+def in_runtimes(name: str, network, in_8_bits: bool = False) -> dict[str, Callable]:
     """Functions of normalised images (N, 3, 224, 224) that return logits (N, 1000), by name."""
     onnx = export.to_onnx(network, 224).SerializeToString()
+    if in_8_bits:
+        onnx = quantize(onnx, torch.randn(8, 1, 3, 224, 224).numpy())
     session = onnxruntime.InferenceSession(onnx)
     model = openvino.Core().read_model(onnx)
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     forward = torch.inference_mode()(network.forward)
-    return {
+    runtimes = {
         f"{name}, PyTorch": lambda x: forward(torch.from_numpy(x)).numpy(),
         f"{name}, ONNX Runtime": lambda x: session.run(None, {"input": x})[0],
         f"{name}, OpenVINO": lambda x: compiled(x)["logits"],
     }
+    return dict(list(runtimes.items())[in_8_bits:])  # 8 bits are of a file, not of PyTorch
 
 
 def same_networks(model_name: str, classes: int) -> tuple:

@@ -1,0 +1,64 @@
+"""The clients in docs/deploy.md answer as predict.py does, on images that need no resizing."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import predict
+
+PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+PYTHON, OPENCV = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+(JAVASCRIPT,) = re.findall(r"^```javascript\n(.*?)^```", PAGE, re.M | re.S)
+NODE = ROOT / ".cache" / "node"
+
+
+@pytest.fixture
+def images(onnx_file, flowers, tmp_path, monkeypatch):
+    """Work beside model.onnx and model.json, with images of 256 pixels on the shorter side."""
+    monkeypatch.chdir(tmp_path)
+    for file in (onnx_file, onnx_file.with_suffix(".json")):
+        shutil.copy(file, tmp_path / f"model{file.suffix}")
+    for number, size in enumerate([(256, 256), (256, 300), (310, 256)]):
+        Image.open(flowers / "roses" / f"roses_00{number}.jpg").resize(size).save(f"{number}.png")
+    return [f"{number}.png" for number in range(3)]
+
+
+def check(images, command):
+    done = subprocess.run([*command, *images], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = predict.main([*images, "--weights", "model.onnx"])
+    for answer, theirs in zip(answers, expected, strict=True):
+        assert answer["path"] == theirs["path"]
+        probs = {guess["class"]: guess["prob"] for guess in theirs["predictions"]}
+        assert answer["classes"] == pytest.approx(probs, abs=1e-4)
+
+
+def test_python(images):
+    check(images, [sys.executable, "-c", PYTHON])
+
+
+def test_opencv(images):
+    pytest.importorskip("cv2")
+    check(images, [sys.executable, "-c", OPENCV])
+
+
+def test_javascript(images, monkeypatch):
+    if not shutil.which("npm"):
+        pytest.skip("needs node and npm")
+    if not (NODE / "node_modules" / "sharp").exists():
+        # Scripts of packages would download more, for GPUs.
+        words = ["npm", "install", "--ignore-scripts", "--no-audit", "--prefix", NODE]
+        done = subprocess.run([*words, "onnxruntime-node", "sharp"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"npm cannot install the packages: {done.stderr[-200:]}")
+    monkeypatch.setenv("NODE_PATH", str(NODE / "node_modules"))
+    Path("client.js").write_text(JAVASCRIPT)
+    check(images, ["node", "client.js"])
