@@ -61,6 +61,9 @@ def find_images(root: str | Path) -> Images:
         hint = f"name the folder above it, {Path(root).absolute().parent}: " if loose else ""
         layout = f"expected {root}/CLASS/IMAGE with a suffix of {' '.join(sorted(SUFFIXES))}"
         raise UsageError(f"{hint}{root} holds no class folders with images; {layout}")
+    if all(os.path.dirname(paths[0]) != os.path.join(root, name) for name, paths in images.items()):
+        deeper = Path(root, next(iter(images)))
+        notice(f"if each folder of {root} is a data set and no class, name one, such as {deeper}")
     return images
 
 

@@ -84,6 +84,14 @@ def test_the_fingerprint_is_of_names_and_parts_not_of_the_place(tmp_path):
     assert len(set(prints)) == 3
 
 
+def test_a_folder_of_data_sets_is_noticed(tmp_path, capsys):
+    for name in ("cats", "dogs"):
+        fill(tmp_path / name, small=1, large=1)
+    assert list(find_images(tmp_path)) == ["cats", "dogs"]
+    said = f"{tmp_path} is a data set and no class, name one, such as {tmp_path}/cats\n"
+    assert capsys.readouterr().err == f"if each folder of {said}"
+
+
 def test_without_class_folders_the_layout_and_the_likely_folder_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=f"^{tmp_path} holds no class .*{tmp_path}/CLASS/IMAGE"):
