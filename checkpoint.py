@@ -55,6 +55,8 @@ def load(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about other kinds of files
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         if "eights only load failed" in reason or "weights_only" in reason:
@@ -141,11 +143,18 @@ class Trained(NamedTuple):
     args: dict  # of train.py; empty for a bare state dict
 
 
+def is_of_small_images(path: str | Path) -> bool:
+    """Whether a network in a file was made with --small-images."""
+    args = load(path).get("args")
+    return isinstance(args, dict) and args.get("small_images", False)
+
+
 def load_trained(path: str | Path) -> Trained:
     """Read a checkpoint of ours or a bare state dict and build its network. The latter tells its
     variant by its shapes; its class names come from a class_indices.json beside it, else from the
     one beside this file (with a notice), else, for 1000 classes, from torchvision. RunError if the
     file is damaged, UsageError if it fits no network of ours or has no class names."""
+    path = imagenet_file() if str(path) == "imagenet" else path
     file = load(path)
     weights = state_dict_of(file, path)
     beside = Path(path).parent / "class_indices.json"

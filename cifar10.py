@@ -24,6 +24,7 @@ def download_cifar10(target: str | Path) -> Path:
 
     place = target.parent
     archive, unpacked = place / CIFAR10.filename, place / CIFAR10.base_folder
+    keep = [path for path in (archive, unpacked) if path.exists()]  # are not ours
     notice(f"{target} is not there: it is made of {archive}, from {CIFAR10.url} (170 MB)")
     try:
         with redirect_stdout(sys.stderr):  # only results belong on stdout
@@ -44,6 +45,8 @@ def download_cifar10(target: str | Path) -> Path:
     if target.exists():  # and is empty: Windows would not replace it
         target.rmdir()
     os.rename(scratch, target)
-    shutil.rmtree(unpacked)
-    archive.unlink()
+    if unpacked not in keep:
+        shutil.rmtree(unpacked)
+    if archive not in keep:
+        archive.unlink(missing_ok=True)
     return target

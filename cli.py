@@ -266,8 +266,8 @@ def run(main: Callable[[], object]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
             text = "use a smaller --batch-size: out of memory"
-        elif WORLD > 1 and "peer" in str(error):  # says torch of a connection
-            text = "another process ended"
+        elif WORLD > 1 and re.search("peer|[Gg]loo|NCCL", str(error)):
+            text = f"another process ended, or cannot be reached: {str(error).splitlines()[0]}"
         else:
             raise
     notice(f"error: {text}", everywhere=True)

@@ -6,13 +6,14 @@ needed, so that a mistake is answered at once.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-LOCAL_RANK, LOCAL_WORLD = (
-    int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-)
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK, LOCAL_RANK, LOCAL_WORLD = 0, 0, 1
+if WORLD > 1:
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    RANK, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in names)
 
 
 def own_device(name: str) -> str:
@@ -29,8 +30,16 @@ def join(device=None) -> None:
     if WORLD > 1:
         import torch
 
-        cuda = device and device.type == "cuda"
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        backend = "nccl" if device and device.type == "cuda" else "gloo"
+        if LOCAL_WORLD < WORLD:
+            torch.distributed.init_process_group(backend)
+            return
+        # torchrun starts processes again with the same store: apart from the addresses of the dead.
+        store, *_ = next(torch.distributed.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(attempt, store)
+        where = {"rank": RANK, "world_size": WORLD}
+        torch.distributed.init_process_group(backend, store=store, **where)
 
 
 def share(items: Sequence) -> Sequence:
@@ -59,12 +68,22 @@ def interleave(shares: list):
     return whole
 
 
-def require_same(data: str, place: str | os.PathLike) -> None:
-    """UsageError in a process that does not see the images of the first, by their fingerprint."""
-    if gather(data)[0] != data:
+def require_same(value: object, message: str) -> None:
+    """UsageError in a process whose `value` is another than that of the first."""
+    if gather(value)[0] != value:
         from cli import UsageError
 
-        raise UsageError(f"{place} holds other images than rank 0 sees")
+        raise UsageError(message)
+
+
+@contextmanager
+def first_on_its_machine() -> Iterator[None]:
+    """Let one process of each machine do what the others then find done, such as a download."""
+    if LOCAL_RANK:
+        gather(None)
+    yield
+    if not LOCAL_RANK:
+        gather(None)
 
 
 def meet(learner, row: dict) -> dict:

@@ -53,8 +53,10 @@ def main(args: cli.Words = None) -> dict:
     from inference import Classifier, measure
 
     distributed.join()
-    device = distributed.own_device(args.device)
-    network = Classifier(weights, device, args.runtime, args.workers)
+    onnx = weights.suffix.lower() == ".onnx"  # computed on the CPU
+    device = args.device if onnx else distributed.own_device(args.device)
+    with distributed.first_on_its_machine():
+        network = Classifier(weights, device, args.runtime, args.workers)
     cli.introduce(weights, network, f"; {network.computed_by}")
     classes = network.classes
 
@@ -64,12 +66,14 @@ def main(args: cli.Words = None) -> dict:
     folders.refuse_unknown(images, classes, root)
     paths, labels = folders.with_labels(images, classes)
     notice(f"{root}: {split}, {len(paths)} images; {whose}")
-    bad, mine = folders.BadImages(len(paths)), distributed.share(paths)
+    mine = distributed.share(paths)
+    bad = folders.BadImages(len(mine))
     if not distributed.RANK:
         output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
     answers = cli.progress(network.stream(mine, args.workers), "evaluating", len(mine))
     measured = measure(answers, distributed.share(labels), classes, bad)
     tallies, mistakes = zip(*distributed.gather(measured), strict=True)
+    bad_images = sum(distributed.gather(len(bad.seen)))
     if distributed.RANK:  # the first writes what all have found
         return {}
     tally = metrics.sum_up(tallies)
@@ -90,7 +94,7 @@ def main(args: cli.Words = None) -> dict:
     if panels:
         plots.save_figure(plots.draw_images(panels), output_dir / "mistakes.png")
     _print_table(report, figures)
-    about = {"bad_images": len(bad.seen), "split": split, "weights": str(weights)}
+    about = {"bad_images": bad_images, "split": split, "weights": str(weights)}
     about |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(output_dir)}
     summary = figures | about
     cli.say(json.dumps(summary))
@@ -105,10 +109,11 @@ def _choose(network, weights, args) -> tuple:
     data_path = args.data_path or network.args.get("data_path")
     if not data_path:
         raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
-    root = folders.prepare_data(data_path)
+    with distributed.first_on_its_machine():
+        root = folders.prepare_data(data_path)
     parts = folders.find_parts(root)
     data = folders.fingerprint(parts)
-    distributed.require_same(data, data_path)
+    distributed.require_same(data, f"{data_path} holds other images than rank 0 sees")
     trained_on = data == network.args.get("data")
     split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
     if split == "all":

@@ -15,10 +15,11 @@ On a CPU with bfloat16 OpenVINO computes in it unless INFERENCE_PRECISION_HINT i
 
 import copy
 import json
+import os
 import warnings
 
 import cli
-from cli import RunError
+from cli import RunError, UsageError
 
 # Read by ONNX Runtime from 1.14 on, OpenVINO, TensorRT, and the tools for Android and iOS; torch
 # writes none older without converting it.
@@ -45,8 +46,8 @@ def main(args: cli.Words = None) -> dict:
     args = cli.parse(build_parser(), args)
     weights = cli.require_weights(args.weights)
     output = cli.check_file("--output", args.output, (".onnx",))
-    if args.int8:
-        cli.require_data(args.int8)
+    if args.int8 and not os.path.isdir(args.int8):
+        raise UsageError(f"--int8 {args.int8}: no such folder")
 
     # Seconds of imports, so not before the paths are known to be right.
     import onnxruntime  # noqa: F401

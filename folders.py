@@ -170,6 +170,8 @@ def _draw(images: Images, equal: list, val_rate: float, seed: int) -> tuple[Imag
 
 def _doubts(train: Images, val: Images, equal: list) -> list[dict]:
     sides = (("train", train), ("val", val))
+    if not equal:
+        return []
     place = {p: {"class": c, "side": s} for s, images in sides for c in images for p in images[c]}
     rows, number = [], 0
     for same in equal:

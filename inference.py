@@ -121,12 +121,12 @@ def of_bytes(run: Run, preprocessing: dict) -> Run:
 
 
 def _open_torch(weights: Path, device_name: str) -> tuple:
-    from checkpoint import imagenet_file, load_trained
+    from checkpoint import load_trained
     from optimize import optimize_for_inference
     from utils import choose_device
 
     device = choose_device(device_name)
-    model, *about = load_trained(imagenet_file() if str(weights) == "imagenet" else weights)
+    model, *about = load_trained(weights)
     return optimize_for_inference(model.to(device)), device, about
 
 

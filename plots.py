@@ -99,12 +99,15 @@ def draw_sheet(cells: Sequence[Cell]) -> Image.Image:
     side, line, columns = 160, 20, min(8, len(cells))
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + line + 8)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT_FILE, 13)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT_FILE, 12)
     for number, (pixels, caption, right) in enumerate(cells):
         x, y = (number % columns) * (side + 8) + 4, (number // columns) * (side + line + 8) + 4
         colour = {True: BLUE, False: ORANGE, None: "black"}[right]
         sheet.paste(Image.fromarray(pixels).resize((side, side)), (x, y + line))
-        draw.text((x, y + 1), short(caption, 20), colour, font)
+        caption = printable(caption)
+        while draw.textlength(caption, font) > side:
+            caption = caption[:-2] + "…"
+        draw.text((x, y + 1), caption, colour, font)
         if right is not None:
             draw.rectangle(
                 (x - 2, y + line - 2, x + side + 1, y + line + side + 1), None, colour, 3

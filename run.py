@@ -24,7 +24,7 @@ import checkpoint
 import cli
 import plots
 from cli import UsageError, notice
-from distributed import RANK
+from distributed import RANK, WORLD
 from files import save_json, save_rows
 from image import ImageError, load_centre
 from inference import Classifier
@@ -46,6 +46,8 @@ def load(path: Path, parser: cli.Parser, args: argparse.Namespace) -> tuple:
     parser.set_defaults(**began)
     args = parser.parse_args(args.words)
     args.output_dir = str(path.parent)
+    if (processes := state["args"].get("processes", 1)) != WORLD:
+        raise UsageError(f"--resume {path}: start {processes} processes, as it began, not {WORLD}")
     for name in sorted(began.keys() - FREE):
         if getattr(args, name) != began[name]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"

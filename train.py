@@ -113,7 +113,10 @@ def main(args: cli.Words = None) -> dict:
 
     state = None
     if last:
+        again = args.resume == "" and "--resume" not in args.words
         state, args = runs.load(last, build_parser(), args)
+        if again and state["args"]["typed"] != shlex.join(args.words):
+            raise UsageError(f"add --resume, or name another --output-dir: {last} is another run's")
     if args.model not in VARIANTS:
         raise UsageError(
             f"--model {args.model}: use shufflenet_v2_x0_5, _x1_0, _x1_5 or _x2_0, or one of "
@@ -128,16 +131,21 @@ def main(args: cli.Words = None) -> dict:
     torch.set_num_threads(1)  # a head is too small to be shared: threads would wait for each other
 
     # Data.
-    root = fetch(args)
+    with distributed.first_on_its_machine():
+        root = fetch(args)
     parts = folders.find_parts(root)
     # As utils.read_split_data, with the names of the classes kept.
     train_images, val_images, doubts = folders.split_images(root, args.val_rate, args.seed, parts)
     data = folders.fingerprint(parts)
-    distributed.require_same(data, args.data_path)
+    distributed.require_same(data, f"{args.data_path} holds other images than rank 0 sees")
+    done = state and len(state["history"])
+    distributed.require_same(done, "name an --output-dir that all processes see")
     classes = list(train_images)  # {class: [paths]} -> [paths], [class indices]
     train = folders.with_labels(train_images, classes)
     val = folders.with_labels(val_images, classes)
     bad = folders.BadImages(len(train[0]) + len(val[0]))
+    if len(train[0]) < distributed.WORLD:
+        raise UsageError(f"start fewer processes: there are {len(train[0])} images to train on")
     notice(f"{len(train[0])} images to train, {len(val[0])} to validate, {len(classes)} classes")
 
     # Network.
@@ -229,6 +237,8 @@ def build_network(args, classes: list[str], state: dict | None, first_image: str
     from image import is_small
     from model import build_model
 
+    if args.small_images is None and args.weights not in ("", "imagenet"):
+        args.small_images = checkpoint.is_of_small_images(args.weights)
     if args.small_images is None:
         args.small_images = not (args.weights or args.train_size) and is_small(first_image)
         if args.small_images:
@@ -325,6 +335,7 @@ def describe(args: argparse.Namespace, data: str, state: dict | None) -> dict:
     began = state["args"] if state else {"data": data, "date": now, "typed": shlex.join(args.words)}
     if began["data"] != data:
         notice(f"{args.data_path} holds other images than when the run began")
+    options["processes"] = distributed.WORLD
     return options | {name: began[name] for name in ("data", "date", "typed")}
 
 
@@ -356,8 +367,9 @@ def check(args: argparse.Namespace) -> Path | None:
         raise UsageError(
             "add --output-dir: processes that are started again look for the run there"
         )
-    if distributed.RESTARTED and args.resume is None and Path(args.output_dir, "last.pth").exists():
-        args.resume = ""
+    again = distributed.WORLD > 1 and args.resume is None
+    if again and Path(args.output_dir, "last.pth").exists():
+        args.resume = ""  # if the same command began it: torchrun starts processes again
     if args.resume is not None:
         named = args.resume or args.output_dir
         last = Path(named or cli.newest_run("last.pth"))

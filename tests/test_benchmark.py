@@ -53,7 +53,9 @@ def test_inference_measures_every_network_and_draws_them(networks, tmp_path, cap
     assert "ours, OpenVINO" in (tmp_path / "bars.svg").read_text()
     head, _, *table = capsys.readouterr().out.splitlines()
     assert " cores, Python " in head
-    assert [line.count("|") for line in table] == [4] * (2 + 2 * 3)  # a head, networks, runtimes
+    assert [line.count("|") for line in table] == [4] * (
+        2 + 2 * 3 + 2
+    )  # a head, networks, runtimes; 8 bits
     networks[1].fc.bias.data[0] += 0.1
     with pytest.raises(AssertionError, match="ours, PyTorch"):
         benchmark.main(words)
