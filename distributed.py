@@ -60,6 +60,8 @@ def gather(value: object) -> list:
 
 def interleave(shares: list):
     """Rows (n, ...) that `share` parted, NumPy arrays, in their order."""
+    if len(shares) == 1:
+        return shares[0]
     import numpy as np
 
     whole = np.concatenate(shares)

@@ -29,8 +29,9 @@ class Classifier:
         classify("photo.jpg")  # [{"class": "tulips", "prob": 0.982}, ...], best first
 
     `weights` is an .onnx file of export.py, computed by a runtime, or a weight file, computed on a
-    device. `threads` may call it at the same time; each call keeps to a core. UsageError if what is
-    asked for is not there, RunError if the file is damaged or foreign.
+    device. `threads` may call it at the same time; each call keeps to a core. `run` takes bytes
+    (N, crop, crop, 3) to logits (N, classes). UsageError if what is asked for is not there,
+    RunError if the file is damaged or foreign.
     """
 
     def __init__(
@@ -44,13 +45,12 @@ class Classifier:
             raise UsageError(
                 f"--device {device}: use the .pth; .onnx files are computed on the CPU"
             )
-        self._network, self._device = None, None
         if onnx:
             self.computed_by = runtime or "onnxruntime"
-            self._run, about = _open_onnx(self.weights, self.computed_by, threads)
+            self.run, about = _open_onnx(self.weights, self.computed_by, threads)
         else:
             self._network, self._device, about = _open_torch(self.weights, device)
-            self._run = torch_run(self._network, self._device, about[2])
+            self.run = torch_run(self._network, self._device, about[2])
             self.computed_by = f"PyTorch on {self._device}"
         self.model_name, self.classes, self.preprocessing, self.args = about
 
@@ -58,7 +58,7 @@ class Classifier:
         self, paths: Sequence[str | Path | IO[bytes]], threads: int = 1
     ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
         """The path and the logits (classes,) of each image in order, or why it cannot be read."""
-        return stream(paths, self._run, self.preprocessing, threads)
+        return stream(paths, self.run, self.preprocessing, threads)
 
     def __call__(self, image: str | Path | IO[bytes], topk: int = 5) -> list[dict]:
         """The `topk` best classes of an image; ImageError if it cannot be read."""

@@ -115,13 +115,6 @@ def draw_sheet(cells: Sequence[Cell]) -> Image.Image:
     return sheet
 
 
-def save_sheet(cells: Sequence[Cell], path: str | Path) -> None:
-    """Write a sheet as PNG; none if there is no image."""
-    if cells:
-        with replacing(path) as file:
-            draw_sheet(cells).save(file, "PNG")
-
-
 class Panel(NamedTuple):
     """An image with what is said of it: the answer, whether that is right (None: nobody knows),
     lines in small print, and what inference.Classifier.explain returns."""

@@ -25,7 +25,7 @@ import cli
 import plots
 from cli import UsageError, notice
 from distributed import RANK, WORLD
-from files import save_json, save_rows
+from files import replacing, save_json, save_rows
 from image import ImageError, load_centre
 from inference import Classifier
 from metrics import confusions
@@ -143,32 +143,42 @@ class Run:
 
     def draw_samples(self, dataset: MyDataSet) -> None:
         """Draw samples.png: images as they are trained on, with their classes."""
+        if RANK:
+            return
         cells = []
         for index in _spread(len(dataset)):
             with suppress(ImageError):
                 pixels, label = dataset[index]
                 cells.append((pixels, self.about["classes"][label], None))
-        plots.save_sheet(cells, self.folder / "samples.png")
+        if cells:
+            with replacing(self.folder / "samples.png") as file:
+                plots.draw_sheet(cells).save(file, "PNG")
+
+    def save_doubts(self, doubts: list[dict]) -> None:
+        """Write doubts.csv, if there are any."""
+        if doubts and not RANK:
+            save_rows(doubts, self.folder / "doubts.csv")
 
     def finish(self, paths: list[str], labels: list[int], device: torch.device) -> None:
         """Draw, and complete the events: options beside the best figures, the confusion matrix, and
         what best.pth answers for some of the validation images, right or wrong in colour."""
+        if RANK:
+            return
         self._draw()
         matrix = np.asarray(Image.open(self.folder / "confusion_matrix.png").convert("RGB"))
         self._writer.add_image("confusion matrix", matrix, self.best["epoch"], dataformats="HWC")
-        chosen, classes, cells = _spread(len(paths)), self.about["classes"], []
-        answers = Classifier(self.folder / "best.pth", str(device)).stream(
-            [paths[i] for i in chosen]
-        )
-        for (path, answer), truth in zip(answers, (labels[i] for i in chosen), strict=True):
-            if not isinstance(answer, ImageError):
-                guess = answer.argmax()
+        classes, cells = self.about["classes"], []
+        classifier = Classifier(self.folder / "best.pth", str(device))
+        for index in _spread(len(paths)):
+            with suppress(ImageError):
+                pixels = load_centre(paths[index], self.about["preprocessing"])
+                guess, truth = classifier.run(pixels[None])[0].argmax(), labels[index]
                 text = plots.short(classes[guess], 10)
                 text += "" if guess == truth else f", is {plots.short(classes[truth], 10)}"
-                pixels = load_centre(path, self.about["preprocessing"])
                 cells.append((pixels, text, guess == truth))
-        sheet = np.asarray(plots.draw_sheet(cells))
-        self._writer.add_image("validation", sheet, self.best["epoch"], dataformats="HWC")
+        if cells:
+            sheet = np.asarray(plots.draw_sheet(cells))
+            self._writer.add_image("validation", sheet, self.best["epoch"], dataformats="HWC")
         options = {
             name: value
             for name, value in self.about["args"].items()

@@ -53,8 +53,9 @@ def build_parser() -> cli.Parser:
     add("--freeze-bn", action=argparse.BooleanOptionalAction,
         help="keep batch norm's statistics, scale and shift (if omitted: as --fc-first)")
     add("--small-images", action=argparse.BooleanOptionalAction,
-        help="a network for 32 pixels, whose first layers shrink nothing (if omitted: without "
-        "--weights where the first image has at most 48)")
+        help="a network for 32 pixels, whose first layers shrink nothing, by default with --lr 0.1 "
+        "--lrf 0.01 --wd 1e-4 -b 128 (if omitted: without --weights where the first image has at "
+        "most 48)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, metavar="N",
@@ -104,7 +105,7 @@ def main(args: cli.Words = None) -> dict:
     import my_dataset
     import run as runs
     import utils
-    from files import locked, save_rows
+    from files import locked
     from image import default_preprocessing
     from inference import validate_network
     from model import VARIANTS
@@ -166,11 +167,10 @@ def main(args: cli.Words = None) -> dict:
     with nullcontext() if distributed.RANK else locked(output_dir):
         run = runs.Run(output_dir, about, state)
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
-        if doubts and not distributed.RANK:
-            save_rows(doubts, output_dir / "doubts.csv")
+        run.save_doubts(doubts)
         transform = my_dataset.choose_transform(args, cached, preprocessing)
         train_set = MyDataSet(*train, transform, args.seed)
-        if not state and not distributed.RANK:
+        if not state:
             run.save_last(model, None)  # so that there always is something to resume
             run.draw_samples(train_set)
 
@@ -211,8 +211,7 @@ def main(args: cli.Words = None) -> dict:
             if run.stalled(args.patience):
                 notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
                 break
-        if not distributed.RANK:
-            run.finish(*val, device)
+        run.finish(*val, device)
 
     torch.set_num_threads(threads)  # of whoever called this
     return report(run, len(train[0]), len(val[0]), start)
@@ -383,7 +382,7 @@ def check(args: argparse.Namespace) -> Path | None:
     cli.require_data(args.data_path)
     if args.weights not in ("", "imagenet"):
         cli.require_path(args.weights, "--weights")
-    if args.output_dir and not distributed.RANK:
+    if args.output_dir:
         cli.refuse_run(args.output_dir)
     if args.freeze_layers and args.cache_features and (args.train_size or args.random_erase):
         raise UsageError("--train-size, --random-erase: omit them, or add --no-cache-features")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import distributed
 import eval as evaluation
 import train
 import utils
+from cli import UsageError
 from features import FeatureLoader
 from model import build_model
 
@@ -161,6 +163,21 @@ def test_a_process_that_sees_other_images_says_so_and_all_stop(flowers):
     )
     assert done.returncode == 1
     assert "rank 1: error: data1 holds other images than rank 0 sees" in done.stderr
+
+
+def test_a_run_is_resumed_by_its_own_command_and_by_as_many_processes(flowers, run_dir):
+    shutil.copytree(run_dir, "older")
+    _, err = start(2, *small(flowers, "older", "--epochs", 9)).communicate(timeout=60)
+    assert "error: add --resume, or name another --output-dir: older/last.pth is another" not in err
+    assert "rank 0: error: --resume older/last.pth: start 1 processes, as it began, not 2" in err
+    state = load("older", "last.pth")
+    state["args"]["processes"] = 2
+    torch.save(state, "older/last.pth")
+    with pytest.raises(UsageError, match="start 2 processes, as it began, not 1"):
+        train.main(["--resume", "older"])
+    _, err = start(2, *small(flowers, "older", "--epochs", 9)).communicate(timeout=60)
+    assert "error: add --resume, or name another --output-dir: older/last.pth is another" in err
+    assert load("older", "last.pth")["epoch"] == 2  # as it was
 
 
 def test_several_processes_need_a_folder_that_does_not_depend_on_the_time(flowers):

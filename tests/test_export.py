@@ -59,6 +59,29 @@ def test_in_8_bits_it_is_a_third_and_answers_alike(onnx_file, run_dir, flowers, 
     assert 0 < np.median(differences) < 0.1
 
 
+def test_products_of_neighbours_fit_into_16_bits_where_activations_are_large(onnx_file):
+    """As processors without VNNI add them up: the weights of two neighbours, times at most 255."""
+    images = np.random.default_rng(0).standard_normal((2, 1, 3, 224, 224), np.float32)
+    model = onnx.load_from_string(quantize.quantize(onnx_file.read_bytes(), images))
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    kinds = Counter()
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            rounded = made_by[made_by[node.input[0]].input[0]]  # DequantizeLinear, QuantizeLinear
+            source = made_by.get(rounded.input[0])
+            if source is None:  # the image
+                continue
+            rows = weights[made_by[node.input[1]].input[0]].astype(int)
+            rows = rows.reshape(*rows.shape[:2], -1)
+            kinds[source.op_type] += 1
+            if source.op_type == "Conv" and rows.shape[1] > 1:
+                sums = rows[:, ::2] + rows[:, 1::2]
+                assert abs(sums).max() <= 128
+                assert abs(sums).max() >= 120  # none is smaller than it has to be
+    assert kinds["Conv"] > 10
+
+
 def test_classes_that_the_network_does_not_know_cannot_calibrate_it(run_dir, flowers, tmp_path):
     for name in ("roses", "violets"):
         shutil.copytree(flowers / "roses", tmp_path / "two" / name)

@@ -115,6 +115,9 @@ def test_cifar10_is_trained_evaluated_predicted_and_exported_at_32_pixels(capsys
     assert "crop 32" in capsys.readouterr().err
     resumed = train.main(["--resume", "out", "--epochs", 5])
     assert resumed["epochs"] == 5
+    words = [*words[:4], "--weights", "out/best.pth", "--freeze-layers", "--epochs", 1]
+    train.main([*words, "--output-dir", "again"])  # its weights are of small images
+    assert json.loads(Path("again/args.json").read_text())["small_images"] is True
 
 
 def test_the_option_wins_over_the_size_and_weights_of_large_images_keep_it(
