@@ -164,8 +164,6 @@ def load_trained(path: str | Path) -> Trained:
             model = build_model(about[0], len(about[1]), about[3].get("small_images", False))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path}: not a checkpoint of train.py ({error!r})") from None
-        if beside.exists() and read_class_indices(beside) != about[1]:
-            notice(f"{beside} names other classes than {path}; those in the checkpoint are used")
     else:
         name = _variant_of(weights)
         if name is None or "fc.weight" not in weights:

@@ -89,6 +89,9 @@ def progress(items: Iterable, title: str, total: int | None = None) -> Iterator:
         yield item
 
 
+Words = argparse.Namespace | Sequence | None  # what `main` of a script takes
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises UsageError and remembers the words it parsed."""
 
@@ -104,7 +107,10 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"write {similar[0]}: there is no {unknown[1]}")
         raise UsageError(f"{message} (see --help)")
 
-    def parse_args(self, words: Sequence[object] | None = None, namespace=None):
+    def parse_args(self, words: Words = None, namespace=None) -> argparse.Namespace:
+        """Of a list of words, None for those of sys.argv, or options that are parsed already."""
+        if isinstance(words, argparse.Namespace):
+            return words
         words = sys.argv[1:] if words is None else [str(word) for word in words]
         args = super().parse_args(words, namespace)
         args.words = words  # `--resume` parses them again, with the defaults of the run
@@ -115,14 +121,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default not in (None, "") and action.default is not False
         return super()._get_help_string(action) if shown else action.help
-
-
-Words = argparse.Namespace | Sequence | None  # what `main` of a script takes
-
-
-def parse(parser: Parser, args: Words) -> argparse.Namespace:
-    """Options that are parsed already, or a list of words, or None for those of sys.argv."""
-    return args if isinstance(args, argparse.Namespace) else parser.parse_args(args)
 
 
 def true_or_false(text: str) -> bool:
@@ -188,12 +186,6 @@ def require_data(path: str) -> None:
         raise UsageError(f"use --data-path for the folder of the images: there is none at {path}")
 
 
-def refuse_run(folder: str | Path) -> None:
-    """Raise UsageError if there is a run that another would write over."""
-    if Path(folder, "last.pth").exists():
-        raise UsageError(f"{folder} holds a run: add --resume, or name another --output-dir")
-
-
 def introduce(weights: Path, network, more: str) -> None:
     """Say in one line what answers: the file, its network, classes and preprocessing, and more.
     `network` is an inference.Classifier or a checkpoint.Trained."""
@@ -245,8 +237,8 @@ def run(main: Callable[[], object]) -> NoReturn:
     """Call `main` and leave with 0, 1, 2, 130 or 143; only a bug shows more than a line."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _leave)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a Windows pipe lacks letters
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe lacks letters
     code = 1
     try:
         main()
@@ -264,7 +256,8 @@ def run(main: Callable[[], object]) -> NoReturn:
         deploy = "-deploy" if (error.name or "").startswith(("onnx", "openvino")) else ""
         code, text = 2, f"pip install -r requirements{deploy}.txt: {error}"
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
+        lack = "out of memory|can't allocate|not enough memory|ALLOC_FAILED"  # of any device
+        if isinstance(error, MemoryError) or re.search(lack, str(error)):
             text = "use a smaller --batch-size: out of memory"
         elif WORLD > 1 and re.search("peer|[Gg]loo|NCCL", str(error)):
             text = f"another process ended, or cannot be reached: {str(error).splitlines()[0]}"

@@ -9,20 +9,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-RANK, LOCAL_RANK, LOCAL_WORLD = 0, 0, 1
-if WORLD > 1:
-    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    RANK, LOCAL_RANK, LOCAL_WORLD = (int(os.environ[name]) for name in names)
-
-
-def own_device(name: str) -> str:
-    """The device of this process: of several GPUs the one of its number on the machine."""
-    if WORLD == 1 or name not in ("auto", "cuda"):
-        return name
-    import torch
-
-    return f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else name
+WORLD, RANK, LOCAL_WORLD, LOCAL_RANK = 1, 0, 1, 0
+if "RANK" in os.environ:  # some clusters set WORLD_SIZE for any process
+    WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 def join(device=None) -> None:
@@ -43,8 +34,8 @@ def join(device=None) -> None:
 
 
 def share(items: Sequence) -> Sequence:
-    """Every WORLD-th item, from the place of this process on."""
-    return items[RANK::WORLD]
+    """The part of this process; the parts of all, by rank, are the items in their order."""
+    return items[len(items) * RANK // WORLD : len(items) * (RANK + 1) // WORLD]
 
 
 def gather(value: object) -> list:
@@ -56,18 +47,6 @@ def gather(value: object) -> list:
     values = [None] * WORLD
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def interleave(shares: list):
-    """Rows (n, ...) that `share` parted, NumPy arrays, in their order."""
-    if len(shares) == 1:
-        return shares[0]
-    import numpy as np
-
-    whole = np.concatenate(shares)
-    for rank, rows in enumerate(shares):
-        whole[rank :: len(shares)] = rows
-    return whole
 
 
 def require_same(value: object, message: str) -> None:

@@ -40,7 +40,7 @@ def build_parser() -> cli.Parser:
 def main(args: cli.Words = None) -> dict:
     """Evaluate as the options say; returns what the last line prints, and "per_class"."""
     start = time.perf_counter()
-    args = cli.parse(build_parser(), args)
+    args = build_parser().parse_args(args)
     if args.data_path:
         cli.require_data(args.data_path)
     weights = cli.require_weights(args.weights)
@@ -53,10 +53,8 @@ def main(args: cli.Words = None) -> dict:
     from inference import Classifier, measure
 
     distributed.join()
-    onnx = weights.suffix.lower() == ".onnx"  # computed on the CPU
-    device = args.device if onnx else distributed.own_device(args.device)
     with distributed.first_on_its_machine():
-        network = Classifier(weights, device, args.runtime, args.workers)
+        network = Classifier(weights, args.device, args.runtime, args.workers)
     cli.introduce(weights, network, f"; {network.computed_by}")
     classes = network.classes
 
@@ -120,7 +118,9 @@ def _choose(network, weights, args) -> tuple:
         images = folders.all_images(parts)
     else:
         images = folders.sides(root, parts, network.args)[split == "val"]
-    whose = "what the run was trained on" if trained_on else "not what the run was trained on"
+    whose = (
+        "what the run was trained on" if trained_on else "another set than the run was trained on"
+    )
     if not trained_on and str(root.resolve()) == network.args.get("data_path"):
         whose = "changed since the run learnt from it, which flatters accuracy"
     return images, split, root, whose

@@ -43,7 +43,7 @@ def build_parser() -> cli.Parser:
 
 def main(args: cli.Words = None) -> dict:
     """Export as the options say; returns what the last line prints."""
-    args = cli.parse(build_parser(), args)
+    args = build_parser().parse_args(args)
     weights = cli.require_weights(args.weights)
     output = cli.check_file("--output", args.output, (".onnx",))
     if args.int8 and not os.path.isdir(args.int8):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from cli import RunError, cores, notice, progress
-from distributed import RANK, gather, interleave, share
+from distributed import RANK, gather, share
 from files import replacing
 from folders import BadImages
 from image import ImageError
@@ -123,8 +123,7 @@ def cached_features(
         features = np.load(file, allow_pickle=False)
     if all(gather(features is not None)):
         notice(f"features of {len(paths)} images read from {file}")
-        for row in np.flatnonzero(np.isnan(features[:, 0])):
-            bad.add(ImageError(f"{paths[row]}: could not be read"))
+        _report_missing(features, paths, bad)
         return features
 
     optimized = optimize_for_inference(model.eval())
@@ -137,7 +136,8 @@ def cached_features(
             bad.add(answer)
             answer = np.nan
         part[row] = answer
-    features = interleave(gather(part))
+    features = np.concatenate(gather(part))
+    _report_missing(features, paths, bad)  # those of the other processes
     rate = len(paths) / (time.perf_counter() - start)
     notice(f"features of {len(paths)} images computed, {rate:.0f} img/s")
     if RANK:
@@ -149,6 +149,11 @@ def cached_features(
     except OSError as error:
         notice(f"features are not kept: {file.parent}: {error.strerror}")
     return features
+
+
+def _report_missing(features: np.ndarray, paths: list[str], bad: BadImages) -> None:
+    for row in np.flatnonzero(np.isnan(features[:, 0])):
+        bad.add(ImageError(paths[row], "could not be read"))
 
 
 def _key(model: nn.Module, paths: list[str], preprocessing: dict) -> str:

@@ -89,14 +89,16 @@ def find_parts(root: str | Path) -> list[Images]:
     """The images of `train/` and of `val/` (or `valid/`, `validation/`, `test/`) where a root has
     these; else those of its class folders, as the only part."""
     sides = []
+    folders = {path.name.lower(): path for path in Path(root).iterdir()}
     for name in ("train", "val", "valid", "validation", "test"):
         # Where images, not folders, lie in it, it is a class of that name.
-        if any(path.is_dir() for path in Path(root, name).glob("[!.]*")):
-            sides.append(Path(root, name))
-    if not sides or sides[0].name != "train":
+        if name in folders and any(path.is_dir() for path in folders[name].glob("[!.]*")):
+            sides.append(folders[name])
+    if not sides or sides[0].name.lower() != "train":
         return [find_images(root)]
     if len(sides) == 1:
-        raise UsageError(f"make a val/ or test/ beside it: {root} holds train/ alone")
+        todo = f"make a val/ of class folders beside it, or name {sides[0]}, to draw a part of it"
+        raise UsageError(f"{todo}: {root} holds train/ alone")
     return [find_images(side) for side in sides[:2]]
 
 
@@ -140,6 +142,7 @@ def split_images(
             side = ("training", "validation")[counts.index(0)]
             rate = "" if len(parts) == 2 else f", or change --val-rate (now {val_rate})"
             has = f"class {name} has no image for {side}, of {sum(counts)} in all"
+            has += ", copies included" * bool(equal)
             raise UsageError(f"add images{rate}: {root}: {has}")
     return train, val, _doubts(train, val, equal)
 
@@ -223,8 +226,8 @@ class BadImages:
 
     def add(self, error: ImageError) -> None:
         """Note one; raises RunError when they are no longer few."""
-        if str(error) not in self.seen:
-            self.seen.add(str(error))
+        if error.path not in self.seen:
+            self.seen.add(error.path)
             notice(f"skipped: {error}", everywhere=True)
         if len(self.seen) > max(1, MOST_BAD * self.total):
             counts = f"{len(self.seen)} of {self.total} images cannot be read"

@@ -24,7 +24,11 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
 class ImageError(OSError):
-    """An image that cannot be read; the message names the file and the reason."""
+    """An image that cannot be read, and why."""
+
+    def __init__(self, path: object, reason: object) -> None:
+        super().__init__(f"{printable(path)}: {printable(reason)}")
+        self.path = str(path)
 
 
 def default_preprocessing(model_name: str, small_images: bool = False) -> dict:
@@ -51,7 +55,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not an image: empty, damaged, or none of {', '.join(FORMATS)}"
-        raise ImageError(f"{printable(path)}: {printable(reason)}") from None
+        raise ImageError(path, reason) from None
 
 
 def is_small(path: str | Path) -> bool:
@@ -99,13 +103,11 @@ def _decoded(image: Image.Image) -> Image.Image:
         image.load()
     with suppress(Exception):  # damaged EXIF: the pixels are still good
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # "I;16" and, where Pillow has no better mode, "I"
+    if image.mode[0] in "IF":  # "I;16" and, where Pillow has no better mode, "I"
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels; save it with 8 or 16 bits")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -169,12 +169,9 @@ def _open_openvino(path: Path, calls: int) -> tuple[Run, dict]:
     options["INFERENCE_PRECISION_HINT"] = "f32"
     model = openvino.Core().read_model(path)
     compiled = openvino.Core().compile_model(model, "CPU", options)
-    local = threading.local()
 
     def run(x: np.ndarray) -> np.ndarray:
-        if not hasattr(local, "request"):
-            local.request = compiled.create_infer_request()
-        return local.request.infer({"input": x}, share_inputs=True)["logits"]
+        return compiled.create_infer_request().infer({"input": x}, share_inputs=True)["logits"]
 
     return run, {name: value.value for name, value in model.get_rt_info()["framework"].items()}
 

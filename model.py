@@ -193,11 +193,6 @@ class ShuffleUnit(nn.Module):
                 f"ShuffleUnit: stride {stride} from {input_c} to {output_c} channels; stride 1 "
                 "must keep them and stride 2, the only other, widen them"
             )
-        if groups < 1 or output_c % (4 * groups) or input_c % groups:
-            raise ValueError(
-                f"ShuffleUnit: with {groups} groups input_c must divide by {groups} and output_c "
-                f"by {4 * groups}, but they are {input_c} and {output_c}"
-            )
         self.stride = stride
         self.groups = groups
         bottleneck = output_c // 4

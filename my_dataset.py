@@ -14,6 +14,7 @@ from cli import RunError
 from distributed import WORLD, share
 from folders import BadImages
 from image import IMAGENET_MEAN, ImageError, ahead, load_centre, load_crop, load_rgb
+from utils import memory_format
 
 
 class MyDataSet(Dataset):
@@ -134,7 +135,8 @@ class Normalize(nn.Module):
             self.register_buffer(name, torch.tensor(preprocessing[name]).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        images = images.float().contiguous(memory_format=memory_format(images.device))
+        return images.div_(255).sub_(self.mean).div_(self.std)
 
 
 def batches(length: int, size: int, seed: int | None, epoch: int) -> list[list[int]]:

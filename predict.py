@@ -49,7 +49,7 @@ def build_parser() -> cli.Parser:
 
 def main(args: cli.Words = None) -> list[dict]:
     """Classify as the options say; returns what `--json` prints."""
-    args = cli.parse(build_parser(), args)
+    args = build_parser().parse_args(args)
     for place in args.images:
         if not os.path.isdir(place):
             cli.require_path(place, "image")

@@ -23,7 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 import checkpoint
 import cli
 import plots
-from cli import UsageError, notice
+from cli import UsageError, notice, printable
 from distributed import RANK, WORLD
 from files import replacing, save_json, save_rows
 from image import ImageError, load_centre
@@ -32,8 +32,7 @@ from metrics import confusions
 from my_dataset import MyDataSet
 
 # Options that say where and how fast a run goes, not what it computes.
-FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs"}
-CHARTS = {name: ["Multiline", [f"{name}/train", f"{name}/val"]] for name in ("loss", "accuracy")}
+FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs", "patience"}
 
 
 def load(path: Path, parser: cli.Parser, args: argparse.Namespace) -> tuple:
@@ -65,13 +64,11 @@ class Run:
     """What a training run leaves in its folder, which the caller has locked.
 
     `about` holds model_name, classes, preprocessing and args, as every checkpoint does; `state` is
-    that of last.pth, to go on, or None to begin: then UsageError if there is a run already. Of
-    several processes the first writes; the others keep the same history.
+    that of last.pth, to go on, or None to begin. Of several processes the first writes; the others
+    keep the same history.
     """
 
     def __init__(self, folder: Path, about: dict, state: dict | None) -> None:
-        if state is None and not RANK:
-            cli.refuse_run(folder)  # of a run that was faster
         self.folder, self.about = folder, about
         self.history: list[dict] = state["history"] if state else []
         self.seconds: list[float] = state["seconds"] if state else []
@@ -80,11 +77,9 @@ class Run:
         if RANK:
             return
         save_json(about["args"], folder / "args.json")
-        names = {str(index): name for index, name in enumerate(about["classes"])}
-        save_json(names, folder / "class_indices.json")
+        save_json(dict(enumerate(about["classes"])), folder / "class_indices.json")
         self._save_metrics()  # a kill may have come before it
         self._writer = SummaryWriter(folder, purge_step=self.epoch + 1)
-        self._writer.add_custom_scalars({"training and validation": CHARTS})
 
     @property
     def epoch(self) -> int:
@@ -154,11 +149,6 @@ class Run:
             with replacing(self.folder / "samples.png") as file:
                 plots.draw_sheet(cells).save(file, "PNG")
 
-    def save_doubts(self, doubts: list[dict]) -> None:
-        """Write doubts.csv, if there are any."""
-        if doubts and not RANK:
-            save_rows(doubts, self.folder / "doubts.csv")
-
     def finish(self, paths: list[str], labels: list[int], device: torch.device) -> None:
         """Draw, and complete the events: options beside the best figures, the confusion matrix, and
         what best.pth answers for some of the validation images, right or wrong in colour."""
@@ -180,7 +170,7 @@ class Run:
             sheet = np.asarray(plots.draw_sheet(cells))
             self._writer.add_image("validation", sheet, self.best["epoch"], dataformats="HWC")
         options = {
-            name: value
+            name: printable(value) if isinstance(value, str) else value  # paths may be any bytes
             for name, value in self.about["args"].items()
             if value is not None and name not in ("data", "date", "typed", "output_dir")
         }
@@ -206,6 +196,6 @@ class Run:
         self._drawing = self._drawn - start
 
 
-def _spread(length: int) -> list[int]:
+def _spread(length: int) -> range:
     """At most 16 of the numbers below `length`, evenly spread: some of many classes."""
-    return [length * k // 16 for k in range(16)] if length > 16 else list(range(length))
+    return range(0, length, -(-length // 16))

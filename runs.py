@@ -14,7 +14,7 @@ def main(args: cli.Words = None) -> list[dict]:
     """Print a line per run below a folder; returns what the lines say."""
     parser = cli.Parser(description="List training runs, oldest first.")
     parser.add_argument("folder", nargs="?", default="runs", help="folder of the runs")
-    folder = cli.parse(parser, args).folder
+    folder = parser.parse_args(args).folder
     if not Path(folder).is_dir():
         raise cli.UsageError(f"run train.py first, or name a folder: there is no {folder}/ here")
     runs = []

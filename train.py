@@ -49,12 +49,12 @@ def build_parser() -> cli.Parser:
         help="with --freeze-layers: compute what fc sees of each image once, and keep it in .cache")
     add("--fc-first", action=argparse.BooleanOptionalAction,
         help="train fc alone first, then every layer: the gradients of a new fc would spoil them "
-        "(if omitted: when --weights leaves fc new)")
+        "(if omitted: when --weights leaves fc new, without --no-cache-features)")
     add("--freeze-bn", action=argparse.BooleanOptionalAction,
         help="keep batch norm's statistics, scale and shift (if omitted: as --fc-first)")
     add("--small-images", action=argparse.BooleanOptionalAction,
         help="a network for 32 pixels, whose first layers shrink nothing, by default with --lr 0.1 "
-        "--lrf 0.01 --wd 1e-4 -b 128 (if omitted: without --weights where the first image has at "
+        "--lrf 0.01 --wd 5e-4 -b 128 (if omitted: without --weights where the first image has at "
         "most 48)")
 
     add = parser.add_argument_group("training").add_argument
@@ -94,7 +94,7 @@ def build_parser() -> cli.Parser:
 def main(args: cli.Words = None) -> dict:
     """Train as the options say; returns what the last line prints."""
     start = time.perf_counter()
-    args = cli.parse(build_parser(), args)
+    args = build_parser().parse_args(args)
     last = check(args)
 
     # Imports that take seconds, so not before the paths are known to be right.
@@ -105,7 +105,7 @@ def main(args: cli.Words = None) -> dict:
     import my_dataset
     import run as runs
     import utils
-    from files import locked
+    from files import locked, save_rows
     from image import default_preprocessing
     from inference import validate_network
     from model import VARIANTS
@@ -123,17 +123,18 @@ def main(args: cli.Words = None) -> dict:
             f"--model {args.model}: use shufflenet_v2_x0_5, _x1_0, _x1_5 or _x2_0, or one of "
             "shufflenet_v1_x0_25_g1 to shufflenet_v1_x2_0_g8"
         )
-    device = utils.choose_device(distributed.own_device(args.device))
+    device = utils.choose_device(args.device)
     distributed.join(device)
     if args.sync_bn and device.type != "cuda":
         raise UsageError("--sync-bn: omit it; batch norm is shared between GPUs only")
-    amp = utils.use_bfloat16(device, args.amp)
+    cached = args.freeze_layers and args.cache_features
+    amp = not cached and utils.use_bfloat16(device, args.amp)
     threads = min(torch.get_num_threads(), cli.cores())
     torch.set_num_threads(1)  # a head is too small to be shared: threads would wait for each other
 
     # Data.
     with distributed.first_on_its_machine():
-        root = fetch(args)
+        root = fetch(args, wanted=args.weights == "imagenet" and not state)
     parts = folders.find_parts(root)
     # As utils.read_split_data, with the names of the classes kept.
     train_images, val_images, doubts = folders.split_images(root, args.val_rate, args.seed, parts)
@@ -157,7 +158,6 @@ def main(args: cli.Words = None) -> dict:
     preprocessing = default_preprocessing(args.model, args.small_images)
     if args.batch_size > len(train[0]):
         notice(f"use a smaller --batch-size: {args.batch_size} images are more than there are")
-    cached = args.freeze_layers and args.cache_features
 
     # Output.
     output_dir = cli.make_folder(args.output_dir, args.name or args.model)
@@ -167,7 +167,8 @@ def main(args: cli.Words = None) -> dict:
     with nullcontext() if distributed.RANK else locked(output_dir):
         run = runs.Run(output_dir, about, state)
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
-        run.save_doubts(doubts)
+        if doubts and not distributed.RANK:
+            save_rows(doubts, output_dir / "doubts.csv")
         transform = my_dataset.choose_transform(args, cached, preprocessing)
         train_set = MyDataSet(*train, transform, args.seed)
         if not state:
@@ -200,7 +201,6 @@ def main(args: cli.Words = None) -> dict:
             args.epochs = run.epoch
         # What fc learnt from few images is steep; gradients through it may not carry the rest off.
         clip = 5.0 if args.fc_first else None
-        amp = amp and not cached
         steps = fit(learner, loader, validate, device, args, amp, clip, run.epoch, learning)
         for row, confusion, learning in steps:
             if cached:
@@ -243,6 +243,8 @@ def build_network(args, classes: list[str], state: dict | None, first_image: str
         if args.small_images:
             notice("--small-images: the first image is small (--no-small-images enlarges them)")
 
+    if args.small_images and args.train_size:
+        raise UsageError("--train-size: omit it; small images, as of --weights, are not resized")
     model, new_fc = build_model(args.model, len(classes), args.small_images), True
     if state:
         if state["classes"] != classes:
@@ -288,18 +290,12 @@ def fit(
     optimizer = torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=decay)
     if learning:
         optimizer.load_state_dict(learning["optimizer"])
-    if clip:
-
-        def shorten(*step) -> None:
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
-
-        optimizer.register_step_pre_hook(shorten)
     for epoch in range(first, options.epochs):
         lr = cosine_lr(options.lr, options.lrf, epoch, options.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
         row, start = {"epoch": epoch + 1, "lr": lr}, time.perf_counter()
-        train_one_epoch(learner, optimizer, loader, device, epoch, amp=amp, log=row)
+        train_one_epoch(learner, optimizer, loader, device, epoch, amp=amp, clip=clip, log=row)
         row = distributed.meet(learner, row)
         validate(log=row)
         if not math.isfinite(row["val_loss"]):
@@ -308,15 +304,14 @@ def fit(
         yield row, row.pop("confusion"), {"optimizer": optimizer.state_dict()}
 
 
-def fetch(args: argparse.Namespace) -> Path:
-    """Download what is not there yet; returns the folder of the data. RunError says all that cannot
-    be had."""
+def fetch(args: argparse.Namespace, wanted: bool) -> Path:
+    """Download what is not there yet, ImageNet weights if `wanted`; returns the folder of the data.
+    RunError says all that cannot be had."""
     from checkpoint import imagenet_file
     from folders import prepare_data
 
-    errors, wanted = [], [(prepare_data, args.data_path)]
-    wanted += [(imagenet_file, args.model)] * (args.weights == "imagenet")
-    for get, name in wanted:
+    errors = []
+    for get, name in [(imagenet_file, args.model)] * wanted + [(prepare_data, args.data_path)]:
         try:
             get(name)
         except RunError as error:
@@ -350,7 +345,7 @@ def settle(args: argparse.Namespace, new_fc: bool) -> None:
         args.freeze_bn = args.fc_first
     values = {"epochs": 30, "lr": 0.01, "lrf": 0.1, "weight_decay": 4e-5, "batch_size": 16}
     if args.small_images:
-        values |= {"lr": 0.1, "lrf": 0.01, "weight_decay": 1e-4, "batch_size": 128}
+        values |= {"lr": 0.1, "lrf": 0.01, "weight_decay": 5e-4, "batch_size": 128}
     if args.fc_first:
         values |= {"epochs": 16, "lr": 0.003, "lrf": 0.01}
     if args.freeze_layers and args.cache_features:
@@ -382,12 +377,11 @@ def check(args: argparse.Namespace) -> Path | None:
     cli.require_data(args.data_path)
     if args.weights not in ("", "imagenet"):
         cli.require_path(args.weights, "--weights")
-    if args.output_dir:
-        cli.refuse_run(args.output_dir)
+    if args.output_dir and Path(args.output_dir, "last.pth").exists():
+        name = f"{args.output_dir} holds a run"
+        raise UsageError(f"{name}: add --resume, or name another --output-dir")
     if args.freeze_layers and args.cache_features and (args.train_size or args.random_erase):
         raise UsageError("--train-size, --random-erase: omit them, or add --no-cache-features")
-    if args.small_images and args.train_size:
-        raise UsageError("--train-size: omit it, or --small-images, which are not resized")
     if args.fc_first and (args.freeze_layers or not (args.cache_features and args.weights)):
         raise UsageError("--fc-first: add --weights, omit --freeze-layers and --no-cache-features")
     if (args.freeze_layers or args.freeze_bn) and not args.weights:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cli import RunError, UsageError, progress
+from distributed import LOCAL_RANK
 from files import save_json
 from folders import split_images, with_labels
 from metrics import Tally
@@ -31,8 +32,10 @@ def read_split_data(
 def choose_device(name: str) -> torch.device:
     """The device called `name`, if it is there, else UsageError; "auto" is CUDA, MPS or the CPU."""
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if cuda and name in ("auto", "cuda"):
+        name = f"cuda:{LOCAL_RANK}"  # of several processes each has its own
+    elif name == "auto":
+        name = "mps" if mps else "cpu"
     there = {"cpu", *["mps"] * mps, *["cuda"] * bool(cuda), *map("cuda:{}".format, range(cuda))}
     if name not in there:
         raise UsageError(f"--device {name}: use {' or '.join(sorted(there))}")
@@ -90,6 +93,7 @@ def train_one_epoch(
     epoch: int,
     *,
     amp: bool = False,
+    clip: float | None = None,
     log: dict | None = None,
 ) -> float:
     """Train once over the data; returns the mean loss. What is frozen stays in eval mode.
@@ -98,6 +102,7 @@ def train_one_epoch(
         data_loader: (images (N, 3, H, W) normalised, classes (N,)).
         epoch: counted from 0; decides the order where the loader has `set_epoch`.
         amp: compute in bfloat16 where autocast does.
+        clip: largest norm of the gradients of a step; longer ones are shortened to it.
         log: gets "train_loss", "train_accuracy" (0 to 1) and "images_per_second".
 
     RunError if the loss is not finite, or no image can be read.
@@ -114,6 +119,8 @@ def train_one_epoch(
             logits = model(images)  # (N, classes)
             loss = nn.functional.cross_entropy(logits, labels)
         loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
 
         loss_sum += loss.detach() * len(labels)  # on the device: reading it would wait

@@ -37,6 +37,7 @@ KINDS = {
     "more options": [*SMALL, *WEIGHTS, "--freeze-bn", "--random-erase", 0.5, "--patience", 4],
     "cached features": [*WEIGHTS, "--freeze-layers", "--batch-size", 8],
     "fc first": [*SMALL, *WEIGHTS, "--fc-first", "--freeze-bn"],
+    "small images": ["--small-images", "--batch-size", 8, "--workers", 2],
 }
 EPOCHS = 5
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
@@ -55,7 +56,7 @@ def build_parser() -> cli.Parser:
 
 def main(args: cli.Words = None) -> dict:
     """Kill as the options say; returns what the last line prints."""
-    args = cli.parse(build_parser(), args)
+    args = build_parser().parse_args(args)
     rng, start = random.Random(args.seed), time.perf_counter()
     counts = {"kills": 0, "in_a_write": 0, "runs": 0}
     with tempfile.TemporaryDirectory() as scratch:

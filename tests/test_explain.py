@@ -30,8 +30,8 @@ def picture(seed, bloom_at=None):
     return image
 
 
-@pytest.fixture(params=["shufflenet_v2_x0_5", "shufflenet_v1_x0_5_g3"])
-def weights(request, tmp_path):
+@pytest.fixture(scope="module", params=["shufflenet_v2_x0_5", "shufflenet_v1_x0_5_g3"])
+def weights(request, tmp_path_factory):
     """A checkpoint that tells a bloom from ground: without training, but fc is fitted (ridge
     regression) to what each place of the feature map should say."""
     torch.manual_seed(0)
@@ -56,8 +56,9 @@ def weights(request, tmp_path):
         model.fc.weight.copy_(torch.stack([weight, -weight]))
         model.fc.bias.zero_()
     file = {"model": model.state_dict(), "model_name": request.param, "classes": ["bloom", "none"]}
-    checkpoint.save(file | {"preprocessing": about, "args": {}}, tmp_path / "best.pth")
-    return tmp_path / "best.pth"
+    path = tmp_path_factory.mktemp("explain") / "best.pth"
+    checkpoint.save(file | {"preprocessing": about, "args": {}}, path)
+    return path
 
 
 def test_the_mean_of_the_heat_is_the_logit(weights, tmp_path):
@@ -73,15 +74,15 @@ def test_the_mean_of_the_heat_is_the_logit(weights, tmp_path):
         assert heat.mean() == pytest.approx(logit, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("corner", [(0, 0), (1, 0), (0, 1), (1, 1)])
-def test_the_heat_lies_where_the_flower_is(weights, tmp_path, corner):
-    picture(99, corner).save(path := tmp_path / "a.png")
-    classify = Classifier(weights)
-    assert classify(path)[0]["class"] == "bloom"
-    _, heat = classify.explain(path, "bloom")
-    ends = slice(0, 3), slice(4, 7)
-    warmth = {(x, y): heat[ends[y], ends[x]].mean() for x in (0, 1) for y in (0, 1)}
-    assert max(warmth, key=warmth.get) == corner
+def test_the_heat_lies_where_the_flower_is(weights, tmp_path):
+    classify, ends = Classifier(weights), (slice(0, 3), slice(4, 7))
+    corners = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for corner in corners:
+        picture(99, corner).save(path := tmp_path / "a.png")
+        assert classify(path)[0]["class"] == "bloom"
+        _, heat = classify.explain(path, "bloom")
+        warmth = {(x, y): heat[ends[y], ends[x]].mean() for x, y in corners}
+        assert max(warmth, key=warmth.get) == corner
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -42,21 +42,24 @@ def test_a_json_beside_it_tells_a_client_what_to_do(onnx_file):
     assert "softmax" in about["output"]
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_in_8_bits_it_is_a_third_and_answers_alike(onnx_file, run_dir, flowers, tmp_path, runtime):
+def test_in_8_bits_it_is_a_third_and_answers_alike(onnx_file, run_dir, flowers, tmp_path):
     data, trained = onnx_file.read_bytes(), load_trained(run_dir / "best.pth")
     train, val = folders.sides(flowers, folders.find_parts(flowers), {})
     small, figures = quantize.quantize_and_measure(data, trained, train, val)
     assert len(small) < 0.4 * len(data)
     assert (figures["val_images"], figures["float_megabytes"]) == (5, round(len(data) / 1e6, 2))
     (path := tmp_path / "int8.onnx").write_bytes(small)
-    exact, rounded = Classifier(onnx_file), Classifier(path, runtime=runtime)
-    assert (rounded.classes, rounded.preprocessing) == (exact.classes, exact.preprocessing)
-    paths = [path for paths in train.values() for path in paths]
-    differences = []
-    for (_, ours), (_, theirs) in zip(exact.stream(paths), rounded.stream(paths), strict=True):
-        differences.append(abs(ours - theirs).max() / abs(ours).max())
-    assert 0 < np.median(differences) < 0.1
+    paths, labels = folders.with_labels(val, trained.classes)
+    for name, file in (("float_accuracy", onnx_file), ("accuracy", path)):
+        answers = [answer.argmax() for _, answer in Classifier(file).stream(paths)]
+        assert figures[name] == np.mean(np.equal(answers, labels))
+    exact = Classifier(onnx_file)
+    for runtime in ("onnxruntime", "openvino"):
+        rounded, differences = Classifier(path, runtime=runtime), []
+        assert (rounded.classes, rounded.preprocessing) == (exact.classes, exact.preprocessing)
+        for (_, ours), (_, theirs) in zip(exact.stream(paths), rounded.stream(paths), strict=True):
+            differences.append(abs(ours - theirs).max() / abs(ours).max())
+        assert 0 < np.median(differences) < 0.1
 
 
 def test_products_of_neighbours_fit_into_16_bits_where_activations_are_large(onnx_file):

@@ -1,6 +1,7 @@
 """Features of frozen layers, computed once, and the head that learns from them."""
 
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -118,7 +119,9 @@ CHANGES = {
     "one fewer": lambda network, paths: paths.pop(),
     "preprocessing": lambda network, paths: {"preprocessing": PREPROCESSING | {"resize": 232}},
     "damage": lambda network, paths: [os.truncate(f, 999) for f in features.CACHE.iterdir()],
-    "no content": lambda network, paths: [os.truncate(f, 0) for f in features.CACHE.iterdir()],
+    "a pickle": lambda network, paths: [
+        f.write_bytes(pickle.dumps(np.zeros(4))) for f in features.CACHE.iterdir()
+    ],
 }
 
 

@@ -69,13 +69,12 @@ def test_a_folder_is_locked_until_its_process_ends_however_it_does(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_where_nothing_can_be_locked_a_notice_says_so(tmp_path, monkeypatch, capsys, code):
+def test_where_nothing_can_be_locked_a_notice_says_so(tmp_path, monkeypatch, capsys):
     """As on Lustre, some NFS and FUSE."""
-    error = OSError(code, os.strerror(code))
+    error = OSError(errno.ENOSYS, "not there")
     monkeypatch.setattr(fcntl, "lockf", lambda *args: (_ for _ in ()).throw(error))
     with locked(tmp_path):
-        said = f"{tmp_path} cannot be locked ({os.strerror(code)}): start no second run there\n"
+        said = f"{tmp_path} cannot be locked (not there): start no second run there\n"
         assert capsys.readouterr().err == said
 
 

@@ -101,15 +101,6 @@ def test_without_class_folders_the_layout_and_the_likely_folder_are_named(tmp_pa
         find_images(tmp_path)
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error_not_a_gap(tmp_path, monkeypatch):
-    monkeypatch.chdir(fill(tmp_path, rose=1) / "rose")
-    for _ in range(20):  # its whole path is longer than the system accepts
-        os.mkdir("d" * 250)
-        os.chdir("d" * 250)
-    with pytest.raises(OSError, match="too long"):
-        find_images(tmp_path)
-
-
 @pytest.mark.parametrize(("val_rate", "seed"), [(0.2, 0), (0.5, 0), (0.07, 0), (0.3, 7)])
 def test_the_images_that_the_tutorial_draws_are_drawn(tmp_path, val_rate, seed):
     fill(tmp_path, tulip=37, rose=20, daisy=100)
@@ -158,7 +149,7 @@ def test_exact_copies_stay_together_and_a_notice_says_so(tmp_path, capsys, place
     assert parted  # by the plain draw, or this test shows nothing
 
 
-@pytest.mark.parametrize("second", ["val", "valid", "validation", "test"])
+@pytest.mark.parametrize("second", ["Val", "valid", "validation", "test"])
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path, capsys, second):
     fill(tmp_path / "train", rose=3, daisy=2)
     fill(tmp_path / second, rose=1, daisy=5)
@@ -172,7 +163,7 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path, capsys, second):
 
 def test_train_alone_is_an_error_and_of_val_and_test_val_is_taken(tmp_path):
     fill(tmp_path / "train", rose=2, daisy=2)
-    with pytest.raises(UsageError, match="make a val/ or test/ beside it: .* holds train/ alone"):
+    with pytest.raises(UsageError, match="make a val/ .*, or name .*train.* holds train/ alone"):
         split_images(tmp_path, 0.2, 0)
     for name in ("valid", "test"):
         fill(tmp_path / name, rose=2, daisy=2)
@@ -211,9 +202,10 @@ def test_classes_called_train_and_val_are_classes_where_images_lie_in_them(tmp_p
 
 def test_bad_images_are_named_once_and_may_be_a_tenth(capsys):
     bad = BadImages(40)
-    for number in (0, 1, 2, 3) * 2:
-        bad.add(ImageError(f"{number}.jpg: empty"))
+    for reason in ("empty", "could not be read"):  # by the disk, then by the cache
+        for number in range(4):
+            bad.add(ImageError(f"{number}.jpg", reason))
     assert capsys.readouterr().err == "".join(f"skipped: {n}.jpg: empty\n" for n in range(4))
     with pytest.raises(RunError, match="check the disk.* 5 of 40 images cannot be .* than 10%"):
-        bad.add(ImageError("4.jpg: empty"))
-    BadImages(3).add(ImageError("one may always be bad"))
+        bad.add(ImageError("4.jpg", "empty"))
+    BadImages(3).add(ImageError("one", "may always be bad"))

@@ -14,8 +14,6 @@ from conftest import ROOT, noise
 from PIL import Image, JpegImagePlugin
 from torchvision import models, transforms
 
-from image import IMAGENET_MEAN as MEAN
-from image import IMAGENET_STD as STD
 from image import SUFFIXES, ImageError, default_preprocessing, load_centre, load_crop, load_rgb
 
 PHOTOS = sorted((ROOT.parent / "shared/data/flower_photos").glob("*/*.jpg"))[::125]
@@ -72,10 +70,9 @@ def test_an_image_is_turned_upright_by_its_exif_orientation(tmp_path, suffix, or
     assert " ".join(rows) == UPRIGHT[orientation]
 
 
-# No TIFF header; an early end; a pointer outside; text for a resolution; a width of -1.
-DAMAGED_EXIF = {b"Exif\0\0junk": (16, 8), b"Exif\0\0II*\0\x08\0\0\0\x05\0garbage": (16, 8)}
-for damage in (0x10F, 2, 40, 0x7F7F7F7F), (0x11A, 2, 3, 0x41), (0x100, 9, 1, 0xFFFFFFFF):
-    DAMAGED_EXIF |= {exif(damage): (16, 8), exif((0x112, 3, 1, 6), damage): (8, 16)}
+# No TIFF header; a pointer outside, after a good orientation.
+DAMAGED_EXIF = {b"Exif\0\0junk": (16, 8)}
+DAMAGED_EXIF |= {exif((0x112, 3, 1, 6), (0x10F, 2, 40, 0x7F7F7F7F)): (8, 16)}
 
 
 @pytest.mark.parametrize(("data", "size"), DAMAGED_EXIF.items())
@@ -193,22 +190,6 @@ def test_the_content_decides_not_the_name_and_what_is_no_image_is_refused(tmp_pa
         assert "pixels" in read(tmp_path / "bomb.bmp")
 
 
-LIMITED = """
-import resource, sys, image
-in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**26, -1))
-image.load_rgb(sys.argv[1])
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
-def test_a_lack_of_memory_is_no_fault_of_the_image(tmp_path):
-    bomb(tmp_path / "large.bmp", 9000)
-    words = [sys.executable, "-c", LIMITED, tmp_path / "large.bmp"]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "MemoryError" in found.stderr.splitlines()[-1]
-
-
 def test_a_damaged_tiff_is_one_line_without_words_of_its_library(tmp_path, capfd):
     noise(200, 200).save(tmp_path / "a.tif", compression="tiff_lzw")
     data = (tmp_path / "a.tif").read_bytes()
@@ -253,15 +234,11 @@ def test_the_centre_is_that_of_the_image_upright(tmp_path, suffix, orientation):
 
 
 @pytest.mark.parametrize("width", ["0_5", "1_0", "1_5", "2_0"])
-def test_images_are_prepared_as_the_published_weights_want_them(saved, width):
-    """But for what photographs of the decoder, shrunk, differ: these are no JPEG."""
-    preprocessing = default_preprocessing(f"shufflenet_v2_x{width}")
-    theirs = models.get_model_weights(f"shufflenet_v2_x{width}").DEFAULT.transforms()
-    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    limit = 2.01 / 255 / min(STD)
-    for image in (noise(300, 241), noise(199, 433)):
-        ours = steps(load_centre(saved(image), preprocessing))
-        assert (ours - theirs(image)).abs().max() < limit
+def test_images_are_prepared_as_the_published_weights_want_them(width):
+    ours = default_preprocessing(f"shufflenet_v2_x{width}")
+    theirs = models.get_model_weights(f"shufflenet_v2_x{width}").IMAGENET1K_V1.transforms()
+    assert [[ours["resize"]], [ours["crop"]]] == [theirs.resize_size, theirs.crop_size]
+    assert (ours["mean"], ours["std"]) == (theirs.mean, theirs.std)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

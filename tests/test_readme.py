@@ -78,8 +78,9 @@ def test_every_command_of_the_readme_works_in_the_order_it_is_read(newcomer, cap
 
 @pytest.mark.usefixtures("newcomer")
 def test_every_command_of_the_docs_works():
-    ran = {run(line) for page in DOCS for line in commands(page)}
-    assert ran >= {"python train.py", "python runs.py", "python tools/sample_flowers.py"}
+    readme = commands("README.md")
+    ran = {run(line) for page in DOCS for line in commands(page) if line not in readme}
+    assert ran >= {"python train.py", "python tools/sample_flowers.py"}
 
 
 def test_the_chinese_readme_has_the_same_commands():

@@ -5,9 +5,8 @@ import json
 import os
 import shutil
 import sys
-import time
 from argparse import Namespace
-from contextlib import suppress
+from itertools import product
 
 import numpy as np
 import pytest
@@ -28,9 +27,8 @@ import train
 from cli import RunError, UsageError
 from folders import BadImages
 from image import IMAGENET_MEAN, IMAGENET_STD, load_rgb
-from inference import measure
+from inference import Classifier, measure
 from model import ShuffleNetV2
-from optimize import FoldedConv
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -85,18 +83,6 @@ def test_a_checkpoint_stands_alone_and_the_optimizer_is_sgd(run_dir):
     stem = optimizer["state"][0]["momentum_buffer"]
     assert stem.is_contiguous(memory_format=torch.channels_last)  # what training computes in
     assert all(value.is_contiguous() for value in file["model"].values())
-
-
-def test_curves_are_drawn_while_a_run_goes_on(run_dir, tmp_path):
-    state, now = load(run_dir, "last.pth"), time.monotonic()
-    about = {name: state[name] for name in ("model_name", "classes", "preprocessing", "args")}
-    (tmp_path / "new").mkdir()
-    record = run.Run(tmp_path / "new", about, state)
-    for seconds in (5, 60):  # since the last drawing, which is taken to cost half a second
-        record._drawn = now - seconds
-        row = state["history"][-1] | {"epoch": seconds, "seconds": 1.0, "images_per_second": 1}
-        record.record(row, np.eye(5, dtype=int), torch.nn.Linear(1, 1), None)
-        assert (tmp_path / "new" / "curves.png").exists() == (seconds == 60)
 
 
 def test_main_takes_parsed_options_too_and_prints_the_summary_last(flowers, tmp_path, capsys):
@@ -157,30 +143,24 @@ def test_fc_first_trains_fc_and_then_all(flowers, tmp_path, torchvision_file, ca
     assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
 
 
-def test_fc_comes_first_where_it_is_new_on_weights(
-    flowers, tmp_path, torchvision_file, run_dir, monkeypatch
-):
-    fit, best = train.fit, run_dir / "best.pth"  # of the same classes
+SETTLED = [  # options, whether fc is new, and what is chosen
+    ("--weights x", True, {"fc_first": True, "freeze_bn": True, "lr": 0.003, "epochs": 16}),
+    ("--weights x --no-fc-first --lr 1", True, {"fc_first": False, "freeze_bn": False, "lr": 1}),
+    ("--weights x --no-freeze-bn", True, {"fc_first": True, "freeze_bn": False, "lrf": 0.01}),
+    ("--weights x", False, {"fc_first": False, "freeze_bn": False, "lr": 0.01, "epochs": 30}),
+    ("", True, {"fc_first": False, "freeze_bn": False, "lrf": 0.1, "batch_size": 16}),
+    ("--weights x --freeze-layers", True, {"fc_first": False, "lr": 0.03, "weight_decay": 0.1}),
+    ("--weights x --freeze-layers --lr 0.02 --wd 0", True, {"lr": 0.02, "weight_decay": 0}),
+    ("--weights x --freeze-layers --no-cache-features", True, {"fc_first": False, "lr": 0.01}),
+    ("--small-images", True, {"lr": 0.1, "weight_decay": 5e-4, "batch_size": 128}),
+]
 
-    def spy(*inputs):
-        fitted.append((isinstance(inputs[0].conv1[0], FoldedConv), inputs[6]))
-        return fit(*inputs)
 
-    monkeypatch.setattr(train, "fit", lambda *inputs: (fit if len(inputs) < 7 else spy)(*inputs))
-    for name, words, expected in (
-        ("a", ["--weights", torchvision_file], (True, True, 0.003, 0.01)),
-        ("b", ["--weights", torchvision_file, "--no-fc-first", "--lr", 1], (False, False, 1, 0.1)),
-        ("c", ["--weights", torchvision_file, "--no-freeze-bn"], (True, False, 0.003, 0.01)),
-        ("d", ["--weights", best], (False, False, 0.01, 0.1)),
-        ("e", [], (False, False, 0.01, 0.1)),
-    ):
-        fitted = []
-        with suppress(RunError):  # such a rate is too high
-            train.main(small(flowers, tmp_path / name, *words, "--epochs", 1))
-        args = json.loads((tmp_path / name / "args.json").read_text())
-        found = tuple(args[option] for option in ("fc_first", "freeze_bn", "lr", "lrf"))
-        assert found == expected, name
-        assert fitted == [(args["freeze_bn"], 5.0 if args["fc_first"] else None)]
+@pytest.mark.parametrize(("words", "new_fc", "expected"), SETTLED)
+def test_what_is_omitted_depends_on_what_learns(words, new_fc, expected):
+    args = train.build_parser().parse_args(words.split())
+    train.settle(args, new_fc)
+    assert expected.items() <= vars(args).items()
 
 
 def test_runs_are_named_and_listed_with_the_images_to_doubt(flowers, tmp_path, capsys):
@@ -208,7 +188,9 @@ def test_runs_are_named_and_listed_with_the_images_to_doubt(flowers, tmp_path, c
 def test_all_that_cannot_be_had_is_said_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
-    with pytest.raises(RunError, match=r"flower_photos.tgz and put .*; and fetch .*x1-5666bf0f80"):
+    with pytest.raises(
+        RunError, match=r"x1-5666bf0f80.* and put .*; and fetch .*flower_photos.tgz"
+    ):
         train.main(["--weights", "imagenet"])
     assert capsys.readouterr().out == ""  # nor does torch say there that it downloads
 
@@ -223,18 +205,6 @@ def test_steep_gradients_move_the_weights_no_further_than_the_clip(clip):
     after = torch.cat([value.flatten() for value in learner.parameters()])
     moved = (after - before).norm().item()
     assert moved == pytest.approx(5, rel=1e-3) if clip else moved > 1000
-
-
-def test_typed_options_win_over_those_of_cached_features(flowers, tmp_path, torchvision_file):
-    frozen = ["--weights", torchvision_file, "--freeze-layers", "--epochs", 1]
-    for name, more, expected in (
-        ("a", [], (0.03, 64, 0.1)),
-        ("b", ["--lr", 0.02, "--wd", 0], (0.02, 64, 0)),
-        ("d", ["--no-freeze-layers"], (0.003, 16, 4e-5)),
-    ):
-        train.main(small(flowers, tmp_path / name, *frozen, *more))
-        args = json.loads((tmp_path / name / "args.json").read_text())
-        assert (args["lr"], args["batch_size"], args["weight_decay"]) == expected
 
 
 def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run_dir, capsys):
@@ -309,18 +279,12 @@ def test_training_images_may_be_small_and_partly_hidden(flowers, tmp_path, monke
     assert load(tmp_path, "out", "best.pth")["preprocessing"]["crop"] == 224
 
 
-def test_the_threads_of_the_caller_are_given_back(flowers, tmp_path, torchvision_file):
-    torch.set_num_threads(2)
-    train.main(small(flowers, tmp_path / "out", "--weights", torchvision_file, "--freeze-layers"))
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(1)
-
-
 def test_patience_ends_a_run_that_gets_no_better(flowers, tmp_path, torchvision_file, capsys):
     options = ["--weights", torchvision_file, "--freeze-layers", "--lr", 1e-30, "--patience", 2]
     assert train.main(small(flowers, tmp_path / "out", *options))["epochs"] == 3
     assert "stopped: nothing better for 2 epochs" in capsys.readouterr().err
     assert train.main(["--resume", tmp_path / "out"])["epochs"] == 3  # also when it goes on
+    assert train.main(["--resume", tmp_path / "out", "--patience", 3])["epochs"] == 4
 
 
 MISTAKES = [
@@ -359,15 +323,27 @@ def test_a_mistake_is_found_before_the_work(flowers, run_dir, tmp_path, command,
     assert not (tmp_path / "runs").exists()
 
 
+def imported(result):
+    """The packages and modules that a process has named by PYTHONPROFILEIMPORTTIME."""
+    return {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_groups_options_prints_defaults_and_imports_nothing_heavy(shell, script):
     result = shell(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0
     assert "(default: " in result.stdout
     assert "(default: None)" not in result.stdout
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "argparse" in imported
-    assert not imported & {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tqdm"}
+    assert "argparse" in imported(result)
+    assert not imported(result) & {"torch", "torchvision", "numpy", "PIL", "matplotlib", "tqdm"}
+
+
+def test_a_wrong_path_is_answered_before_torch_is_imported(shell):
+    words = ["--data-path", "nowhere"]
+    result = shell("train.py", *words, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("there is none at nowhere")
+    assert not imported(result) & {"torch", "numpy"}
 
 
 # -- eval.py -------------------------------------------------------------------------------------
@@ -409,8 +385,8 @@ def test_eval_takes_the_validation_part_of_what_the_run_saw_and_all_of_another(
     for place, split, images in (("moved", "val", 5), ("other", "all", 8), ("parts", "val", 7)):
         result = evaluation.main(["--data-path", place, "--weights", run_dir / "best.pth"])
         assert (result["split"], result["images"]) == (split, images)
-        whose = "" if place == "moved" else "not "
-        said = f"{place}: {split}, {images} images; {whose}what the run was trained on\n"
+        whose = "what" if place == "moved" else "another set than"
+        said = f"{place}: {split}, {images} images; {whose} the run was trained on\n"
         assert said in capsys.readouterr().err
     train.main(small("moved", "out", "--epochs", 1))
     shutil.copy("moved/roses/roses_000.jpg", "moved/roses/one more.jpg")
@@ -500,10 +476,9 @@ def test_predict_prints_a_line_for_each_of_several_images_and_a_summary(flowers,
     assert all(line.count("0.") >= 2 for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_predict_takes_folders_and_files_in_any_mix_and_order(flowers, run_dir, capsys, workers):
+def test_predict_takes_folders_and_files_in_any_mix_and_order(flowers, run_dir, capsys):
     places = [flowers / "tulips", flowers / "daisy" / "daisy_003.jpg", flowers]
-    words = [*places, "--weights", run_dir / "best.pth", "--topk", 2, "-j", workers]
+    words = [*places, "--weights", run_dir / "best.pth", "--topk", 2, "-j", 3]
     results = predict.main([*words, "--json"])
     expected = [*sorted((flowers / "tulips").iterdir()), places[1], *sorted(flowers.glob("*/*"))]
     assert [result["path"] for result in results] == list(map(str, expected))
@@ -537,7 +512,7 @@ def test_predict_draws_without_a_display_or_torchvision(shell, flowers, tmp_path
     result = shell("predict.py", *words, *show, env=env)
     lines = result.stderr.splitlines()
     assert Image.open(tmp_path / "plot.png").width == 1200
-    assert "torchvision" not in {line.rpartition("|")[2].strip() for line in lines}
+    assert "torchvision" not in imported(result)
     assert result.returncode == len(show)
     assert not show or any(line.startswith("error: --show: use --save-plot") for line in lines)
 
@@ -559,10 +534,8 @@ def without_torch(shell, script, *words):
     """The last line of a script that must not import torch, and what main gives with it."""
     result = shell(script, *words, env={"PYTHONPROFILEIMPORTTIME": "1", "TQDM_DISABLE": "1"})
     assert result.returncode == 0, result.stderr
-    lines = result.stderr.splitlines()
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
-    assert "numpy" in imported
-    assert not imported & {"torch", "torchvision"}
+    assert "numpy" in imported(result)
+    assert not imported(result) & {"torch", "torchvision"}
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -583,7 +556,9 @@ def test_an_exported_network_needs_no_torch(shell, flowers, run_dir, onnx_file):
 # -- ImageNet ------------------------------------------------------------------------------------
 
 
-def test_imagenets_folders_are_in_the_order_of_its_classes(flowers, torchvision_file, tmp_path):
+def test_imagenets_folders_are_in_the_order_of_its_classes(
+    flowers, torchvision_file, tmp_path, monkeypatch
+):
     """The same image in a folder per class: only that of torchvision's answer is right."""
     theirs = models.shufflenet_v2_x0_5().eval()
     theirs.load_state_dict(torch.load(torchvision_file, weights_only=True))
@@ -594,16 +569,8 @@ def test_imagenets_folders_are_in_the_order_of_its_classes(flowers, torchvision_
     for name in ids:
         (tmp_path / "val" / name).mkdir(parents=True)
         os.symlink(image, tmp_path / "val" / name / "a.JPEG")
+    ((_, logits),) = Classifier(torchvision_file).stream([image])  # once, not a thousand times
+    monkeypatch.setattr(Classifier, "stream", lambda self, paths, threads: product(paths, [logits]))
     result = evaluation.main(["--data-path", tmp_path / "val", "--weights", torchvision_file])
     right = [row["class"] for row in result["per_class"] if row["recall"]]
     assert (right, result["accuracy"]) == ([ids[answer]], 0.001)
-
-
-def test_weights_of_torchvision_are_found_by_name(flowers, torchvision_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = tmp_path / "hub" / "checkpoints" / "shufflenetv2_x1-5666bf0f80.pth"
-    place.parent.mkdir(parents=True)
-    torch.save(models.shufflenet_v2_x1_0().state_dict(), place)
-    (answer,) = predict.main([flowers / "roses" / "roses_000.jpg", "--weights", "imagenet"])
-    categories = models.ShuffleNet_V2_X1_0_Weights.IMAGENET1K_V1.meta["categories"]
-    assert {guess["class"] for guess in answer["predictions"]} <= set(categories)

@@ -4,16 +4,15 @@ import copy
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import predict
 import utils
-from cli import RunError, UsageError
+from cli import UsageError
 from folders import BadImages, split_images, with_labels
 from image import IMAGENET_MEAN, IMAGENET_STD, default_preprocessing
 from model import build_model, shufflenet_v2_x0_5
@@ -112,25 +111,6 @@ def test_amp_trains_in_bfloat16_on_the_cpu(network, loader):
     assert seen == {torch.bfloat16}
     chosen = [utils.use_bfloat16(CPU, amp) for amp in (None, False, True)]
     assert chosen == [False, False, True]
-
-
-def test_a_loss_that_is_not_finite_stops_with_a_hint(network, loader):
-    with pytest.raises(RunError, match=r"use a smaller --lr \(now 1e\+12\): the loss is (nan|inf)"):
-        utils.train_one_epoch(network, sgd(network, lr=1e12), loader, CPU, epoch=0)
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 35])
-def test_evaluation_joins_the_batches(batch_size):
-    """The images are the logits already."""
-    torch.manual_seed(0)
-    logits, labels = torch.randn(35, 8), torch.randint(8, (35,))
-    loader, log = DataLoader(TensorDataset(logits, labels), batch_size), {}
-    accuracy = utils.evaluate(nn.Identity(), loader, CPU, log=log)
-    assert accuracy == log["val_accuracy"] == (logits.argmax(1) == labels).double().mean().item()
-    expected = nn.functional.cross_entropy(logits.double(), labels).item()
-    assert log["val_loss"] == pytest.approx(expected, rel=1e-9)
-    counts = torch.bincount(8 * labels + logits.argmax(1), minlength=64).view(8, 8)
-    assert np.array_equal(log["confusion"], counts)
 
 
 def test_the_learning_rate_is_a_half_cosine():

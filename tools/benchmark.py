@@ -85,7 +85,7 @@ def build_parser() -> cli.Parser:
 
 def main(args: cli.Words = None) -> dict:
     """Measure as the options say; returns {candidate: {column: [figure of every turn]}}."""
-    args = cli.parse(build_parser(), args)
+    args = build_parser().parse_args(args)
     options = [f"{name} {value}" for name, value in vars(args).items() if name != "words"]
     head, rows = ", ".join([describe_machine(), *options]), {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):

@@ -42,7 +42,7 @@ def build_parser() -> cli.Parser:
 
 def main(args: cli.Words = None) -> dict:
     """Print tables; returns what `complexity` or `compare` does."""
-    args = cli.parse(build_parser(), args)
+    args = build_parser().parse_args(args)
     if args.what == "complexity":
         return complexity()
     if args.plot:
