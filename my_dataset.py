@@ -90,7 +90,8 @@ def small_transform(preprocessing: dict, random_erase: float = 0.0) -> Callable:
 
 
 def choose_transform(options, cached: bool, preprocessing: dict) -> Callable:
-    """What train.py reads of an image: with cached features what evaluation sees, and no draw."""
+    """How train.py reads an image to train on. Cached features are read by features.py; there this
+    is only for samples.png: what evaluation sees, and no draw."""
     if cached:
         return lambda path, rng: load_centre(path, preprocessing)
     if options.small_images:

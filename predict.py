@@ -68,7 +68,7 @@ def main(args: cli.Words = None) -> list[dict]:
     from inference import Classifier
 
     paths = _find(args.images)
-    # The names of the classes come from the file, too.
+    # The names of the classes come from the file; of a bare state dict: checkpoint.load_trained.
     classifier = Classifier(weights, args.device, args.runtime, args.workers)
     cli.introduce(weights, classifier, f"; {classifier.computed_by}")
     results, failed, start = [], 0, time.perf_counter()

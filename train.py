@@ -46,7 +46,8 @@ def build_parser() -> cli.Parser:
         metavar="true|false", help="train only the last layer, fc")
     add("--no-freeze-layers", dest="freeze_layers", action="store_false", help=argparse.SUPPRESS)
     add("--cache-features", action=argparse.BooleanOptionalAction, default=True,
-        help="with --freeze-layers: compute what fc sees of each image once, and keep it in .cache")
+        help="with --freeze-layers, --fc-first: compute what fc sees of each image once, and "
+        "keep it in .cache")
     add("--fc-first", action=argparse.BooleanOptionalAction,
         help="train fc alone first, then every layer: the gradients of a new fc would spoil them "
         "(if omitted: when --weights leaves fc new, without --no-cache-features)")
@@ -103,7 +104,7 @@ def main(args: cli.Words = None) -> dict:
     import features
     import folders
     import my_dataset
-    import run as runs
+    import run as run_folder
     import utils
     from files import locked, save_rows
     from image import default_preprocessing
@@ -115,7 +116,7 @@ def main(args: cli.Words = None) -> dict:
     state = None
     if last:
         again = args.resume == "" and "--resume" not in args.words
-        state, args = runs.load(last, build_parser(), args)
+        state, args = run_folder.load(last, build_parser(), args)
         if again and state["args"]["typed"] != shlex.join(args.words):
             raise UsageError(f"add --resume, or name another --output-dir: {last} is another run's")
     if args.model not in VARIANTS:
@@ -165,7 +166,7 @@ def main(args: cli.Words = None) -> dict:
     about = {"model_name": args.model, "classes": classes, "preprocessing": preprocessing}
     about["args"] = describe(args, data, state)
     with nullcontext() if distributed.RANK else locked(output_dir):
-        run = runs.Run(output_dir, about, state)
+        run = run_folder.Run(output_dir, about, state)
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
         if doubts and not distributed.RANK:
             save_rows(doubts, output_dir / "doubts.csv")
@@ -177,8 +178,8 @@ def main(args: cli.Words = None) -> dict:
 
         common = (model, train, val, preprocessing, device, args.seed, bad)
         if args.fc_first and not run.history:  # as epoch 0
-            head, *data = features.head_and_data(*common, features.RECIPE.batch_size)
-            *_, (row, confusion, _) = fit(head, *data, device, features.RECIPE)
+            head, *rest = features.head_and_data(*common, features.RECIPE.batch_size)
+            *_, (row, confusion, _) = fit(head, *rest, device, features.RECIPE)
             head.fold_into(model.fc)
             run.record(row | {"epoch": 0}, confusion, model, None)
             notice(f"fc alone reaches {row['val_accuracy']:.4f}; now all layers")

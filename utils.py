@@ -64,7 +64,7 @@ def freeze_layers(model: nn.Module) -> None:
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Leave batch norm as it is: statistics, scale and shift."""
+    """Freeze scale and shift of batch norm; `set_train_mode` keeps its statistics, too."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
@@ -99,7 +99,8 @@ def train_one_epoch(
     """Train once over the data; returns the mean loss. What is frozen stays in eval mode.
 
     Args:
-        data_loader: (images (N, 3, H, W) normalised, classes (N,)).
+        data_loader: (images (N, 3, H, W) normalised, or for a head features (N, channels);
+            classes (N,)).
         epoch: counted from 0; decides the order where the loader has `set_epoch`.
         amp: compute in bfloat16 where autocast does.
         clip: largest norm of the gradients of a step; longer ones are shortened to it.
