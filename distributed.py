@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 WORLD, RANK, LOCAL_WORLD, LOCAL_RANK = 1, 0, 1, 0
-if "RANK" in os.environ:  # some clusters set WORLD_SIZE for any process
+if os.environ.keys() >= {"RANK", "WORLD_SIZE"}:  # either alone may mean something else
     WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))

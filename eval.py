@@ -118,9 +118,7 @@ def _choose(network, weights, args) -> tuple:
         images = folders.all_images(parts)
     else:
         images = folders.sides(root, parts, network.args)[split == "val"]
-    whose = (
-        "what the run was trained on" if trained_on else "another set than the run was trained on"
-    )
+    whose = f"{'what' if trained_on else 'another set than'} the run was trained on"
     if not trained_on and str(root.resolve()) == network.args.get("data_path"):
         whose = "changed since the run learnt from it, which flatters accuracy"
     return images, split, root, whose

@@ -2,6 +2,7 @@
 
 With all layers but `fc` frozen, what `fc` sees of an image never changes: it is computed once and
 kept, and `fc` is trained on that. One decode and one forward per image instead of one per epoch.
+For --freeze-layers, and for the epoch 0 of --fc-first.
 
 ShuffleNet's pooled features have small and uneven scales, so plain gradient descent on `fc` creeps
 (the question of pytorch/vision#3090). The head is trained on standardised features, z = (x - mean)
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cli import RunError, cores, notice, progress
-from distributed import RANK, gather, share
+from distributed import RANK, WORLD, gather, share
 from files import replacing
 from folders import BadImages
 from image import ImageError
@@ -123,7 +124,9 @@ def cached_features(
         features = np.load(file, allow_pickle=False)
     if all(gather(features is not None)):
         notice(f"features of {len(paths)} images read from {file}")
-        _report_missing(features, paths, bad)
+        for path in (missing := _missing(features, paths)):
+            notice(f"skipped: {path}: could not be read")
+        bad.count(missing)
         return features
 
     optimized = optimize_for_inference(model.eval())
@@ -136,8 +139,8 @@ def cached_features(
             bad.add(answer)
             answer = np.nan
         part[row] = answer
-    features = np.concatenate(gather(part))
-    _report_missing(features, paths, bad)  # those of the other processes
+    features = np.concatenate(gather(part)) if WORLD > 1 else part
+    bad.count(_missing(features, paths))  # those of the other processes, too
     rate = len(paths) / (time.perf_counter() - start)
     notice(f"features of {len(paths)} images computed, {rate:.0f} img/s")
     if RANK:
@@ -151,9 +154,8 @@ def cached_features(
     return features
 
 
-def _report_missing(features: np.ndarray, paths: list[str], bad: BadImages) -> None:
-    for row in np.flatnonzero(np.isnan(features[:, 0])):
-        bad.add(ImageError(paths[row], "could not be read"))
+def _missing(features: np.ndarray, paths: list[str]) -> list[str]:
+    return [paths[row] for row in np.flatnonzero(np.isnan(features[:, 0]))]
 
 
 def _key(model: nn.Module, paths: list[str], preprocessing: dict) -> str:

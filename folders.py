@@ -227,8 +227,12 @@ class BadImages:
     def add(self, error: ImageError) -> None:
         """Note one; raises RunError when they are no longer few."""
         if error.path not in self.seen:
-            self.seen.add(error.path)
             notice(f"skipped: {error}", everywhere=True)
+        self.count([error.path])
+
+    def count(self, paths: list[str]) -> None:
+        """Note those that another process, or an earlier run, has tried to read."""
+        self.seen.update(paths)
         if len(self.seen) > max(1, MOST_BAD * self.total):
             counts = f"{len(self.seen)} of {self.total} images cannot be read"
             raise RunError(f"check the disk, or the copy: {counts}, more than {MOST_BAD:.0%}")

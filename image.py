@@ -26,8 +26,9 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 class ImageError(OSError):
     """An image that cannot be read, and why."""
 
-    def __init__(self, path: object, reason: object) -> None:
-        super().__init__(f"{printable(path)}: {printable(reason)}")
+    def __init__(self, path: object, reason: object = None) -> None:
+        # With one argument, the whole message, it is unpickled, and raised by DataLoader's workers.
+        super().__init__(path if reason is None else f"{printable(path)}: {printable(reason)}")
         self.path = str(path)
 
 

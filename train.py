@@ -5,8 +5,8 @@
     python train.py --resume
 
 Writes to the output folder: last.pth (to resume), best.pth (to use), metrics.csv, curves.png,
-samples.png, confusion_matrix.png, confusions.csv, class_indices.json, args.json and TensorBoard
-events. Prints a line per epoch and, last, one JSON object.
+samples.png, confusion_matrix.png, confusions.csv, class_indices.json, args.json, TensorBoard
+events, and doubts.csv if images are doubtful. Prints a line per epoch and, last, one JSON object.
 """
 
 import argparse
@@ -379,8 +379,8 @@ def check(args: argparse.Namespace) -> Path | None:
     if args.weights not in ("", "imagenet"):
         cli.require_path(args.weights, "--weights")
     if args.output_dir and Path(args.output_dir, "last.pth").exists():
-        name = f"{args.output_dir} holds a run"
-        raise UsageError(f"{name}: add --resume, or name another --output-dir")
+        todo = "add --resume, or name another --output-dir"
+        raise UsageError(f"{todo}: {args.output_dir} holds a run")
     if args.freeze_layers and args.cache_features and (args.train_size or args.random_erase):
         raise UsageError("--train-size, --random-erase: omit them, or add --no-cache-features")
     if args.fc_first and (args.freeze_layers or not (args.cache_features and args.weights)):

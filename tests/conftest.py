@@ -79,6 +79,19 @@ def torchvision_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def imagenet_file(tmp_path, monkeypatch):
+    """The like for x1.0, where torch would keep what `--weights imagenet` downloads."""
+    import torch
+    from torchvision.models import shufflenet_v2_x1_0
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "shufflenetv2_x1-5666bf0f80.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(shufflenet_v2_x1_0().state_dict(), path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def onnx_file(run_dir, tmp_path_factory):
     """The best network of `run_dir`, exported."""

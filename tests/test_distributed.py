@@ -98,11 +98,15 @@ def test_validation_is_of_the_network_that_is_saved_statistics_included(flowers)
 
 
 def test_features_are_shared_and_fc_learns_as_in_one_process(flowers, torchvision_file):
+    """And an image that cannot be read is named by the process that tried to."""
+    flowers = shutil.copytree(flowers, "data")
+    Path("data", "tulips", "tulips_000.jpg").write_bytes(b"no image")
     words = ["--weights", torchvision_file, "--freeze-layers", "--epochs", 3]
     train.main(small(flowers, "one", *words))
     summary, _, err = torchrun(2, *small(flowers, "two", *words))
     assert summary["epochs"] == 3
     assert err.count("features of 40 images computed") == 1
+    assert err.count("skipped: data/tulips/tulips_000.jpg: ") == 1
     for ours, theirs in zip(history("two"), history("one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
@@ -163,6 +167,12 @@ def test_a_run_is_resumed_by_its_own_command_and_by_as_many_processes(
         monkeypatch.setattr(module, "WORLD", 1)
     with pytest.raises(UsageError, match="start 2 processes, as it began, not 1"):
         train.main(["--resume", tmp_path / "older"])
+
+
+@pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"]])
+def test_variables_of_a_cluster_alone_stop_no_script(shell, names):
+    result = shell("runs.py", "--help", env=dict.fromkeys(names, "1"))
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_network_that_the_user_wrapped_trains_and_is_evaluated(tmp_path):

@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-import torchvision
 from conftest import ROOT
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -33,12 +31,8 @@ def commands(page):
 
 
 @pytest.fixture
-def newcomer(flowers, torchvision_file, elsewhere, tmp_path, monkeypatch):
+def newcomer(flowers, torchvision_file, imagenet_file, elsewhere, tmp_path):
     """Work in a folder with what the pages take for granted, ImageNet weights in torch's cache."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = tmp_path / "hub" / "checkpoints" / "shufflenetv2_x1-5666bf0f80.pth"
-    place.parent.mkdir(parents=True)
-    torch.save(torchvision.models.shufflenet_v2_x1_0().state_dict(), place)
     shutil.copy(torchvision_file, "FILE")
     for name in ("data/flower_photos", "data/cifar10", "my_images", "PHOTOS"):
         shutil.copytree(flowers, name)

@@ -300,7 +300,10 @@ MISTAKES = [
     ("train.py --freeze-layers --data-path . --train-size 96", "--no-cache-features"),
     ("train.py --freeze-layers --data-path . --random-erase 0.5", "--no-cache-features"),
     ("train.py --fc-first --data-path .", "--fc-first: add --weights, omit"),
-    ("train.py --data-path FLOWERS --output-dir RUN", "holds a run: add --resume, or name another"),
+    (
+        "train.py --data-path FLOWERS --output-dir RUN",
+        "^add --resume, or name .* holds a run",
+    ),
     ("eval.py --data-path nowhere", "use --data-path for .*: there is none at nowhere"),
     ("predict.py no.jpg", "image no.jpg: no such file"),
     ("predict.py . --weights file", ".: no images in it, by their suffix"),
@@ -557,20 +560,20 @@ def test_an_exported_network_needs_no_torch(shell, flowers, run_dir, onnx_file):
 
 
 def test_imagenets_folders_are_in_the_order_of_its_classes(
-    flowers, torchvision_file, tmp_path, monkeypatch
+    flowers, imagenet_file, tmp_path, monkeypatch
 ):
     """The same image in a folder per class: only that of torchvision's answer is right."""
-    theirs = models.shufflenet_v2_x0_5().eval()
-    theirs.load_state_dict(torch.load(torchvision_file, weights_only=True))
+    theirs = models.shufflenet_v2_x1_0().eval()
+    theirs.load_state_dict(load(imagenet_file))
     image = flowers / "roses" / "roses_000.jpg"
-    prepare = models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
+    prepare = models.ShuffleNet_V2_X1_0_Weights.IMAGENET1K_V1.transforms()
     answer = theirs(prepare(load_rgb(image))[None]).argmax().item()
     ids = [f"n{10_000_000 + 7 * number}" for number in range(1000)]
     for name in ids:
         (tmp_path / "val" / name).mkdir(parents=True)
         os.symlink(image, tmp_path / "val" / name / "a.JPEG")
-    ((_, logits),) = Classifier(torchvision_file).stream([image])  # once, not a thousand times
+    ((_, logits),) = Classifier("imagenet").stream([image])  # once, not a thousand times
     monkeypatch.setattr(Classifier, "stream", lambda self, paths, threads: product(paths, [logits]))
-    result = evaluation.main(["--data-path", tmp_path / "val", "--weights", torchvision_file])
+    result = evaluation.main(["--data-path", tmp_path / "val", "--weights", "imagenet"])
     right = [row["class"] for row in result["per_class"] if row["recall"]]
     assert (right, result["accuracy"]) == ([ids[answer]], 0.001)
