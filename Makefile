@@ -3,7 +3,7 @@
 # make soak   kill training 100 times and see that nothing is lost; half an hour
 # make lint   check style, change nothing
 #
-# Nothing is written outside this folder.
+# Nothing is written outside this folder, but what ONNX Runtime and OpenVINO note in the home.
 
 PYTHON ?= python3
 VENV = .venv/bin/python
@@ -14,6 +14,7 @@ CACHE = .cache
 export TMPDIR := $(CURDIR)/$(CACHE)/tmp
 export PIP_CACHE_DIR := $(CURDIR)/$(CACHE)/pip
 export MPLCONFIGDIR := $(CURDIR)/$(CACHE)/matplotlib
+export npm_config_cache := $(CURDIR)/$(CACHE)/npm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where this is set, every process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
