@@ -4,17 +4,15 @@ Standard library only, so that `--help` and a wrong path answer before torch is 
 """
 
 import argparse
-import difflib
 import math
 import operator
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -44,24 +42,7 @@ def notice(text: str, *, everywhere: bool = False) -> None:
     if RANK and not everywhere:
         return
     rank = f"rank {RANK}: " if everywhere and WORLD > 1 else ""
-    with _stderr:
-        print(rank + printable(text), file=sys.stderr, flush=True)
-
-
-_stderr = threading.Lock()
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Discard what a C library writes to stderr by itself; `notice` waits meanwhile."""
-    with _stderr, open(os.devnull, "wb") as null:
-        kept = os.dup(2)
-        os.dup2(null.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    print(rank + printable(text), file=sys.stderr, flush=True)
 
 
 def say(*text: str, sep: str = " ") -> None:
@@ -103,8 +84,6 @@ class Parser(argparse.ArgumentParser):
         word = unknown[1].replace("_", "-") if unknown else ""
         if word == "--num-classes":  # of the tutorial
             raise UsageError(f"omit {unknown[1]}: the folders, or the weights, tell the classes")
-        if similar := difflib.get_close_matches(word, self._option_string_actions, 1):
-            raise UsageError(f"write {similar[0]}: there is no {unknown[1]}")
         raise UsageError(f"{message} (see --help)")
 
     def parse_args(self, words: Words = None, namespace=None) -> argparse.Namespace:
@@ -242,7 +221,7 @@ def run(main: Callable[[], object]) -> NoReturn:
     code = 1
     try:
         main()
-        os._exit(0)  # all is written, and Python would take up to a second to put torch away
+        sys.exit(0)
     except UsageError as error:
         code, text = 2, str(error)
     except BrokenPipeError:  # `| head` has read enough

@@ -16,12 +16,12 @@ if os.environ.keys() >= {"RANK", "WORLD_SIZE"}:  # either alone may mean somethi
     LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
-def join(device=None) -> None:
-    """Meet the other processes, to share gradients on a `device`, or figures only."""
+def join(device) -> None:
+    """Meet the other processes, to share gradients on a `device`."""
     if WORLD > 1:
         import torch
 
-        backend = "nccl" if device and device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         if LOCAL_WORLD < WORLD:
             torch.distributed.init_process_group(backend)
             return

@@ -9,13 +9,11 @@ output folder: confusion_matrix.png, confusions.csv, mistakes.png (the wrong ans
 largest loss), mistakes.csv (all of them) and per_class.csv.
 """
 
-import itertools
 import json
 import re
 import time
 
 import cli
-import distributed
 from cli import UsageError, notice, printable
 
 WORDNET = re.compile(r"n\d{8}")  # the name of a class folder of ImageNet
@@ -52,9 +50,7 @@ def main(args: cli.Words = None) -> dict:
     from files import save_rows
     from inference import Classifier, measure
 
-    distributed.join()
-    with distributed.first_on_its_machine():
-        network = Classifier(weights, args.device, args.runtime, args.workers)
+    network = Classifier(weights, args.device, args.runtime, args.workers)
     cli.introduce(weights, network, f"; {network.computed_by}")
     classes = network.classes
 
@@ -64,18 +60,10 @@ def main(args: cli.Words = None) -> dict:
     folders.refuse_unknown(images, classes, root)
     paths, labels = folders.with_labels(images, classes)
     notice(f"{root}: {split}, {len(paths)} images; {whose}")
-    mine = distributed.share(paths)
-    bad = folders.BadImages(len(mine))
-    if not distributed.RANK:
-        output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
-    answers = cli.progress(network.stream(mine, args.workers), "evaluating", len(mine))
-    measured = measure(answers, distributed.share(labels), classes, bad)
-    tallies, mistakes = zip(*distributed.gather(measured), strict=True)
-    bad_images = sum(distributed.gather(len(bad.seen)))
-    if distributed.RANK:  # the first writes what all have found
-        return {}
-    tally = metrics.sum_up(tallies)
-    mistakes = sorted(itertools.chain(*mistakes), key=lambda row: -row["loss"])
+    bad = folders.BadImages(len(paths))
+    output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
+    answers = cli.progress(network.stream(paths, args.workers), "evaluating", len(paths))
+    tally, mistakes = measure(answers, labels, classes, bad)
     figures, report = tally.figures(), metrics.class_report(tally.confusion, classes)
 
     save_rows(report, output_dir / "per_class.csv")
@@ -92,7 +80,7 @@ def main(args: cli.Words = None) -> dict:
     if panels:
         plots.save_figure(plots.draw_images(panels), output_dir / "mistakes.png")
     _print_table(report, figures)
-    about = {"bad_images": bad_images, "split": split, "weights": str(weights)}
+    about = {"bad_images": len(bad.seen), "split": split, "weights": str(weights)}
     about |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(output_dir)}
     summary = figures | about
     cli.say(json.dumps(summary))
@@ -107,11 +95,9 @@ def _choose(network, weights, args) -> tuple:
     data_path = args.data_path or network.args.get("data_path")
     if not data_path:
         raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
-    with distributed.first_on_its_machine():
-        root = folders.prepare_data(data_path)
+    root = folders.prepare_data(data_path)
     parts = folders.find_parts(root)
     data = folders.fingerprint(parts)
-    distributed.require_same(data, f"{data_path} holds other images than rank 0 sees")
     trained_on = data == network.args.get("data")
     split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
     if split == "all":

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from cli import RunError, cores, notice, progress
-from distributed import RANK, WORLD, gather, share
 from files import replacing
 from folders import BadImages
 from image import ImageError
@@ -122,7 +121,7 @@ def cached_features(
     file, features = CACHE / f"{_key(model, paths, preprocessing)}.npy", None
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
         features = np.load(file, allow_pickle=False)
-    if all(gather(features is not None)):
+    if features is not None:
         notice(f"features of {len(paths)} images read from {file}")
         for path in (missing := _missing(features, paths)):
             notice(f"skipped: {path}: could not be read")
@@ -131,20 +130,15 @@ def cached_features(
 
     optimized = optimize_for_inference(model.eval())
     run = torch_run(optimized.forward_features, device, preprocessing)
-    mine = share(paths)
-    part = np.empty((len(mine), model.fc.in_features), np.float32)
-    start, answers = time.perf_counter(), stream(mine, run, preprocessing, cores())
-    for row, (_, answer) in enumerate(progress(answers, "computing features", len(mine))):
+    features = np.empty((len(paths), model.fc.in_features), np.float32)
+    start, answers = time.perf_counter(), stream(paths, run, preprocessing, cores())
+    for row, (_, answer) in enumerate(progress(answers, "computing features", len(paths))):
         if isinstance(answer, ImageError):
             bad.add(answer)
             answer = np.nan
-        part[row] = answer
-    features = np.concatenate(gather(part)) if WORLD > 1 else part
-    bad.count(_missing(features, paths))  # those of the other processes, too
+        features[row] = answer
     rate = len(paths) / (time.perf_counter() - start)
     notice(f"features of {len(paths)} images computed, {rate:.0f} img/s")
-    if RANK:
-        return features
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as kept:

@@ -8,14 +8,12 @@ No torch: an exported network is measured without.
 import hashlib
 import os
 import random
-from collections import Counter, defaultdict
-from contextlib import suppress
+from collections import Counter
 from pathlib import Path
 
 from cli import CIFAR10, FLOWER_PHOTOS, RunError, UsageError, notice, progress, require_data
 from image import SUFFIXES, ImageError
 
-MOST_COMPARED = 100_000  # images; of more the sizes repeat, and each would be read to compare it
 MOST_BAD = 0.1  # share of the images that may be skipped before the disk must be damaged
 
 Images = dict[str, list[str]]  # class name -> paths
@@ -120,19 +118,15 @@ def fingerprint(parts: list[Images]) -> str:
 
 def split_images(
     root: str | Path, val_rate: float, seed: int, parts: list[Images] | None = None
-) -> tuple[Images, Images, list[dict]]:
-    """Split into a training and a validation part; the third result are rows that name the images
-    to doubt: in two classes, or on both sides. Nothing is written.
+) -> tuple[Images, Images]:
+    """Split into a training and a validation part. Nothing is written.
 
     Of one folder per class `int(n * val_rate)` images a class go to validation, drawn from the
-    seed; `train/` and `val/` are taken as they are. Images that are the same to the byte stay
-    together: where the draw parts them, all of them go to training. `parts` are those of
-    `find_parts(root)`, if known. UsageError for a class without images on one side.
+    seed; `train/` and `val/` are taken as they are. `parts` are those of `find_parts(root)`, if
+    known. UsageError for a class without images on one side.
     """
     parts = parts or find_parts(root)
-    paths = [path for part in parts for paths in part.values() for path in paths]
-    equal = _same_bytes(paths) if len(paths) <= MOST_COMPARED else []
-    train, val = parts if len(parts) == 2 else _draw(parts[0], equal, val_rate, seed)
+    train, val = parts if len(parts) == 2 else _draw(parts[0], val_rate, seed)
     if len(train) < 2:
         deeper = Path(root, *train)
         raise UsageError(f"name {deeper} if the classes lie in it: {root} has only this class")
@@ -142,9 +136,8 @@ def split_images(
             side = ("training", "validation")[counts.index(0)]
             rate = "" if len(parts) == 2 else f", or change --val-rate (now {val_rate})"
             has = f"class {name} has no image for {side}, of {sum(counts)} in all"
-            has += ", copies included" * bool(equal)
             raise UsageError(f"add images{rate}: {root}: {has}")
-    return train, val, _doubts(train, val, equal)
+    return train, val
 
 
 def sides(root: str | Path, parts: list[Images], args: dict) -> tuple[Images, Images]:
@@ -153,53 +146,17 @@ def sides(root: str | Path, parts: list[Images], args: dict) -> tuple[Images, Im
     if len(parts) == 2:
         return tuple(parts)
     val_rate, seed = args.get("val_rate") or 0.2, args.get("seed") or 0
-    return split_images(root, val_rate, seed, parts)[:2]
+    return split_images(root, val_rate, seed, parts)
 
 
-def _draw(images: Images, equal: list, val_rate: float, seed: int) -> tuple[Images, Images]:
+def _draw(images: Images, val_rate: float, seed: int) -> tuple[Images, Images]:
     generator = random.Random(seed)  # one for all classes: the tutorial's split at seed 0
     drawn = set()
     for paths in images.values():
         drawn.update(generator.sample(paths, int(len(paths) * val_rate)))
-    for same in equal:
-        if not drawn.issuperset(same):
-            drawn.difference_update(same)
-    if equal:
-        notice(f"copies are kept on one side, those of {len(equal)} images")
     train = {name: [p for p in paths if p not in drawn] for name, paths in images.items()}
     val = {name: [p for p in paths if p in drawn] for name, paths in images.items()}
     return train, val
-
-
-def _doubts(train: Images, val: Images, equal: list) -> list[dict]:
-    sides = (("train", train), ("val", val))
-    if not equal:
-        return []
-    place = {p: {"class": c, "side": s} for s, images in sides for c in images for p in images[c]}
-    rows, number = [], 0
-    for same in equal:
-        classes, sides = ({place[path][kind] for path in same} for kind in ("class", "side"))
-        if len(classes) > 1 or len(sides) > 1:
-            problem = f"the same image {'in two classes' if len(classes) > 1 else 'on both sides'}"
-            number += 1
-            rows += [{"problem": problem, "number": number, "path": p} | place[p] for p in same]
-    if rows:
-        problem, pair = rows[0]["problem"].upper(), f"{rows[0]['path']} and {rows[1]['path']}"
-        notice(f"{problem}: {pair}; {len(rows)} images in all")
-    return rows
-
-
-def _same_bytes(paths: list[str]) -> list[list[str]]:
-    """Groups of two or more files with equal content, sorted."""
-    by_size, by_content = defaultdict(list), defaultdict(list)
-    for path in paths:
-        with suppress(OSError):  # reading it as an image will say so
-            by_size[os.path.getsize(path)].append(path)
-    suspects = [path for same in by_size.values() if len(same) > 1 for path in same]
-    for path in progress(suspects, "looking for copies"):  # few: photographs differ in size
-        with suppress(OSError):
-            by_content[hashlib.sha256(Path(path).read_bytes()).digest()].append(path)
-    return sorted(sorted(same) for same in by_content.values() if len(same) > 1)
 
 
 def with_labels(images: Images, classes: list[str]) -> tuple[list[str], list[int]]:

@@ -5,13 +5,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from cli import printable, silence
+from cli import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -100,8 +100,7 @@ def load_crop(path: str | Path, crop: Callable, side: int, spare: float) -> np.n
 
 
 def _decoded(image: Image.Image) -> Image.Image:
-    with silence() if image.format == "TIFF" else nullcontext():  # libtiff is talkative
-        image.load()
+    image.load()
     with suppress(Exception):  # damaged EXIF: the pixels are still good
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # "I;16" and, where Pillow has no better mode, "I"

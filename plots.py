@@ -90,28 +90,20 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: 
     return figure
 
 
-Cell = tuple[np.ndarray, str, bool | None]  # uint8 (side, side, 3), caption, right or wrong
-
-
-def draw_sheet(cells: Sequence[Cell]) -> Image.Image:
-    """Some images with a caption each, blue if right and orange if wrong; by Pillow, which takes
-    a twentieth of Matplotlib's time."""
+def draw_sheet(cells: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
+    """Some images, uint8 (side, side, 3), with a caption each; by Pillow, which takes a twentieth
+    of Matplotlib's time."""
     side, line, columns = 160, 20, min(8, len(cells))
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + line + 8)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT_FILE, 12)
-    for number, (pixels, caption, right) in enumerate(cells):
+    for number, (pixels, caption) in enumerate(cells):
         x, y = (number % columns) * (side + 8) + 4, (number // columns) * (side + line + 8) + 4
-        colour = {True: BLUE, False: ORANGE, None: "black"}[right]
         sheet.paste(Image.fromarray(pixels).resize((side, side)), (x, y + line))
         caption = printable(caption)
         while draw.textlength(caption, font) > side:
             caption = caption[:-2] + "…"
-        draw.text((x, y + 1), caption, colour, font)
-        if right is not None:
-            draw.rectangle(
-                (x - 2, y + line - 2, x + side + 1, y + line + side + 1), None, colour, 3
-            )
+        draw.text((x, y + 1), caption, "black", font)
     return sheet
 
 

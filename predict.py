@@ -32,8 +32,6 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument_group("output").add_argument
     add("--topk", type=cli.number(int, 1), metavar="K",
         help="classes per image (if omitted: 5; 1 if there are several images)")
-    add("--unsure", type=cli.number(float, 0, 1), metavar="PROB",
-        help="mark answers whose probability is below PROB")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--output", metavar="FILE.csv", help="write a table, print nothing")
     add("--save-plot", metavar="FILE", 
@@ -82,8 +80,7 @@ def main(args: cli.Words = None) -> list[dict]:
             notice(f"error: {answer}")
             continue
         guesses = classifier.best_classes(answer, args.topk or 5)
-        unsure = {"unsure": guesses[0]["prob"] < args.unsure} if args.unsure else {}
-        results.append({"path": path, "predictions": guesses, "weights": str(weights)} | unsure)
+        results.append({"path": path, "predictions": guesses, "weights": str(weights)})
         if not args.output:
             text = _text(results[-1], args.topk, alone=len(paths) == 1)
             cli.say(json.dumps(results[-1]) if args.json else text)
@@ -94,8 +91,6 @@ def main(args: cli.Words = None) -> list[dict]:
     if len(paths) > 1:
         counts = Counter(result["predictions"][0]["class"] for result in results)
         parts = ", ".join(f"{name} {count}" for name, count in counts.most_common(20))
-        unsure = sum(result.get("unsure", False) for result in results)
-        parts += f"; {unsure} of them unsure (below {args.unsure:g})" if args.unsure else ""
         notice(f"{len(results)} images in {time.perf_counter() - start:.1f} s: {parts}")
     if results and (args.save_plot or args.show):
         _plot(results, classifier, args)
@@ -118,20 +113,19 @@ def _find(places: list[str]) -> list[str]:
 
 
 def _text(result: dict, topk: int | None, alone: bool) -> str:
-    unsure = "   unsure" * result.get("unsure", False)
     guesses = [(printable(g["class"]), g["prob"]) for g in result["predictions"]]
     if alone:
         lines = [f"class: {name:<10}   prob: {prob:.3f}" for name, prob in guesses]
-        return "\n".join([printable(result["path"]) + unsure, *lines])
+        return "\n".join([printable(result["path"]), *lines])
     answers = "  ".join(f"{name} {prob:.3f}" for name, prob in guesses[: topk or 1])
-    return f"{printable(result['path'])}  {answers}{unsure}"
+    return f"{printable(result['path'])}  {answers}"
 
 
-def _row(path: str, predictions: list[dict], weights: str, **more) -> dict:
+def _row(path: str, predictions: list[dict], weights: str) -> dict:
     cells = {"path": path}
     for rank, guess in enumerate(predictions, 1):
         cells |= {f"class_{rank}": guess["class"], f"prob_{rank}": round(guess["prob"], 6)}
-    return cells | more
+    return cells
 
 
 def _plot(results: list[dict], classifier, args: argparse.Namespace) -> None:
@@ -148,9 +142,8 @@ def _plot(results: list[dict], classifier, args: argparse.Namespace) -> None:
         truth = os.path.basename(os.path.dirname(result["path"]))
         best = result["predictions"][0]["class"]
         right = truth == best if truth in classifier.classes else None
-        unsure = " (unsure)" * result.get("unsure", False)
         heat = classifier.explain(result["path"], best) if args.explain else None
-        panels.append(plots.Panel(result["path"], first + unsure, right, others, heat))
+        panels.append(plots.Panel(result["path"], first, right, others, heat))
     if args.save_plot:
         plots.save_figure(plots.draw_images(panels), args.save_plot)
     if args.show:

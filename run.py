@@ -9,7 +9,6 @@
 """
 
 import argparse
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,8 +25,7 @@ import plots
 from cli import UsageError, notice, printable
 from distributed import RANK, WORLD
 from files import replacing, save_json, save_rows
-from image import ImageError, load_centre
-from inference import Classifier
+from image import ImageError
 from metrics import confusions
 from my_dataset import MyDataSet
 
@@ -73,7 +71,6 @@ class Run:
         self.history: list[dict] = state["history"] if state else []
         self.seconds: list[float] = state["seconds"] if state else []
         self.best: dict | None = state["best"] if state else None
-        self._drawn, self._drawing = time.monotonic(), 0.5  # when last, and how long it took
         if RANK:
             return
         save_json(about["args"], folder / "args.json")
@@ -118,7 +115,7 @@ class Run:
         self._writer.add_scalar("learning_rate", row["lr"], row["epoch"])
         self._writer.add_scalar("images_per_second", speed, row["epoch"])
         self._writer.flush()
-        if time.monotonic() - self._drawn > 20 * self._drawing:
+        if self.seconds[-1] > 10:  # beside a shorter epoch drawing would take long
             self._draw()
         return better
 
@@ -144,31 +141,18 @@ class Run:
         for index in _spread(len(dataset)):
             with suppress(ImageError):
                 pixels, label = dataset[index]
-                cells.append((pixels, self.about["classes"][label], None))
+                cells.append((pixels, self.about["classes"][label]))
         if cells:
             with replacing(self.folder / "samples.png") as file:
                 plots.draw_sheet(cells).save(file, "PNG")
 
-    def finish(self, paths: list[str], labels: list[int], device: torch.device) -> None:
-        """Draw, and complete the events: options beside the best figures, the confusion matrix, and
-        what best.pth answers for some of the validation images, right or wrong in colour."""
+    def finish(self) -> None:
+        """Draw, and complete the events: options beside the best figures, and confusion matrix."""
         if RANK:
             return
         self._draw()
         matrix = np.asarray(Image.open(self.folder / "confusion_matrix.png").convert("RGB"))
         self._writer.add_image("confusion matrix", matrix, self.best["epoch"], dataformats="HWC")
-        classes, cells = self.about["classes"], []
-        classifier = Classifier(self.folder / "best.pth", str(device))
-        for index in _spread(len(paths)):
-            with suppress(ImageError):
-                pixels = load_centre(paths[index], self.about["preprocessing"])
-                guess, truth = classifier.run(pixels[None])[0].argmax(), labels[index]
-                text = plots.short(classes[guess], 10)
-                text += "" if guess == truth else f", is {plots.short(classes[truth], 10)}"
-                cells.append((pixels, text, guess == truth))
-        if cells:
-            sheet = np.asarray(plots.draw_sheet(cells))
-            self._writer.add_image("validation", sheet, self.best["epoch"], dataformats="HWC")
         options = {
             name: printable(value) if isinstance(value, str) else value  # paths may be any bytes
             for name, value in self.about["args"].items()
@@ -185,15 +169,12 @@ class Run:
 
     def _draw(self) -> None:
         """Draw the curves, and the confusion matrix of the best epoch; list its confusions."""
-        start = time.monotonic()
         plots.save_figure(plots.draw_curves(self.history, self.best), self.folder / "curves.png")
         title = f"validation, epoch {self.best['epoch']}, accuracy {self.best['accuracy']:.3f}"
         counts, classes = self.best["confusion"].numpy(), self.about["classes"]
         save_rows(confusions(counts, classes), self.folder / "confusions.csv")
         figure = plots.draw_confusion_matrix(counts, classes, title)
         plots.save_figure(figure, self.folder / "confusion_matrix.png")
-        self._drawn = time.monotonic()
-        self._drawing = self._drawn - start
 
 
 def _spread(length: int) -> range:

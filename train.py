@@ -6,7 +6,7 @@
 
 Writes to the output folder: last.pth (to resume), best.pth (to use), metrics.csv, curves.png,
 samples.png, confusion_matrix.png, confusions.csv, class_indices.json, args.json, TensorBoard
-events, and doubts.csv if images are doubtful. Prints a line per epoch and, last, one JSON object.
+events. Prints a line per epoch and, last, one JSON object.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def main(args: cli.Words = None) -> dict:
     import my_dataset
     import run as run_folder
     import utils
-    from files import locked, save_rows
+    from files import locked
     from image import default_preprocessing
     from inference import validate_network
     from model import VARIANTS
@@ -138,7 +138,7 @@ def main(args: cli.Words = None) -> dict:
         root = fetch(args, wanted=args.weights == "imagenet" and not state)
     parts = folders.find_parts(root)
     # As utils.read_split_data, with the names of the classes kept.
-    train_images, val_images, doubts = folders.split_images(root, args.val_rate, args.seed, parts)
+    train_images, val_images = folders.split_images(root, args.val_rate, args.seed, parts)
     data = folders.fingerprint(parts)
     distributed.require_same(data, f"{args.data_path} holds other images than rank 0 sees")
     done = state and len(state["history"])
@@ -168,8 +168,6 @@ def main(args: cli.Words = None) -> dict:
     with nullcontext() if distributed.RANK else locked(output_dir):
         run = run_folder.Run(output_dir, about, state)
         notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
-        if doubts and not distributed.RANK:
-            save_rows(doubts, output_dir / "doubts.csv")
         transform = my_dataset.choose_transform(args, cached, preprocessing)
         train_set = MyDataSet(*train, transform, args.seed)
         if not state:
@@ -178,7 +176,8 @@ def main(args: cli.Words = None) -> dict:
 
         common = (model, train, val, preprocessing, device, args.seed, bad)
         if args.fc_first and not run.history:  # as epoch 0
-            head, *rest = features.head_and_data(*common, features.RECIPE.batch_size)
+            with distributed.first_on_its_machine():
+                head, *rest = features.head_and_data(*common, features.RECIPE.batch_size)
             *_, (row, confusion, _) = fit(head, *rest, device, features.RECIPE)
             head.fold_into(model.fc)
             run.record(row | {"epoch": 0}, confusion, model, None)
@@ -187,7 +186,8 @@ def main(args: cli.Words = None) -> dict:
         # What learns, and from what; with --no-cache-features fc learns as in my_dataset.py, too.
         learning = state and state["learning"]
         if cached:
-            learner, loader, validate = features.head_and_data(*common, args.batch_size)
+            with distributed.first_on_its_machine():
+                learner, loader, validate = features.head_and_data(*common, args.batch_size)
             if learning:
                 learner.load_state_dict(learning["head"])
         else:
@@ -212,7 +212,7 @@ def main(args: cli.Words = None) -> dict:
             if run.stalled(args.patience):
                 notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
                 break
-        run.finish(*val, device)
+        run.finish()
 
     torch.set_num_threads(threads)  # of whoever called this
     return report(run, len(train[0]), len(val[0]), start)

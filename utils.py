@@ -23,7 +23,7 @@ def read_split_data(
     `class_indices` names a file that gets the class names. Beside weights that are saved with
     `torch.save(model.state_dict(), ...)` it has to be called class_indices.json.
     """
-    train, val, _ = split_images(root, val_rate, seed)
+    train, val = split_images(root, val_rate, seed)
     if class_indices:
         save_json(dict(enumerate(train)), class_indices)
     return *with_labels(train, list(train)), *with_labels(val, list(train))

@@ -40,8 +40,6 @@ MISTAKES = {
     "--lr nan": "'nan' is not a number from 1e-30 to 1e+09 (see --help)",
     "--epochs 1.5": "'1.5' is not a whole number from 1 to 1e+09 (see --help)",
     "--num_classes 5": "omit --num_classes: the folders, or the weights, tell the classes",
-    "--freeze_layers": "write --freeze-layers: there is no --freeze_layers",
-    "--epoch 3": "write --epochs: there is no --epoch",
     "--zzz": "unrecognized arguments: --zzz (see --help)",
     "é郁\n\x1b[2J\u2028\u202e\udcff": r": é郁\n\x1b[2J\u2028\u202e\udcff (see --help)",
 }

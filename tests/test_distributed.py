@@ -30,10 +30,10 @@ from model import build_model
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def start(count, *words, options=(), script="train.py"):
-    """torchrun with so many processes, in the working folder."""
+def start(count, *words, options=()):
+    """train.py by torchrun with so many processes, in the working folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, *options]
-    command += [ROOT / script, *words]
+    command += [ROOT / "train.py", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(word) for word in command], **pipes)
 
@@ -76,18 +76,6 @@ def test_losses_of_one_two_and_four_processes_agree(flowers, torchvision_file):
     assert all(torch.allclose(one[k].float(), four[k].float(), atol=1e-4) for k in one)
 
 
-def test_every_image_is_counted_once_where_the_count_does_not_divide(flowers, run_dir, tmp_path):
-    words = ["--data-path", flowers, "--weights", run_dir / "best.pth", "--split", "all"]
-    one = evaluation.main([*words, "--output-dir", tmp_path / "one"])
-    three, out, _ = torchrun(3, *words, "--output-dir", tmp_path / "three", script="eval.py")
-    assert three["images"] == one["images"] == 40
-    assert three["accuracy"] == one["accuracy"]
-    assert three["loss"] == pytest.approx(one["loss"], rel=1e-6)
-    assert out.count("Acc@1") == 1
-    for name in ("per_class.csv", "confusions.csv"):
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "three" / name).read_text()
-
-
 def test_validation_is_of_the_network_that_is_saved_statistics_included(flowers):
     """Each process has its own statistics of batch norm until the end of an epoch."""
     summary, *_ = torchrun(2, *small(flowers, "bn", "--epochs", 2, "--batch-size", 4))
@@ -97,8 +85,8 @@ def test_validation_is_of_the_network_that_is_saved_statistics_included(flowers)
     assert again["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
 
 
-def test_features_are_shared_and_fc_learns_as_in_one_process(flowers, torchvision_file):
-    """And an image that cannot be read is named by the process that tried to."""
+def test_features_are_computed_once_and_fc_learns_as_in_one_process(flowers, torchvision_file):
+    """And an image that cannot be read is named once."""
     flowers = shutil.copytree(flowers, "data")
     Path("data", "tulips", "tulips_000.jpg").write_bytes(b"no image")
     words = ["--weights", torchvision_file, "--freeze-layers", "--epochs", 3]
@@ -171,7 +159,7 @@ def test_a_run_is_resumed_by_its_own_command_and_by_as_many_processes(
 
 @pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE"], ["RANK", "WORLD_SIZE"]])
 def test_variables_of_a_cluster_alone_stop_no_script(shell, names):
-    result = shell("runs.py", "--help", env=dict.fromkeys(names, "1"))
+    result = shell("predict.py", "--help", env=dict.fromkeys(names, "1"))
     assert result.returncode == 0, result.stderr
 
 

@@ -24,7 +24,7 @@ V1, V2 = "shufflenet_v1_x0_25_g3", "shufflenet_v2_x0_5"
 
 @pytest.fixture
 def loader(flowers):
-    train, _, _ = split_images(flowers, 0.25, 0)
+    train, _ = split_images(flowers, 0.25, 0)
     dataset = MyDataSet(*with_labels(train, list(train)), train_transform(64), seed=0)
     return DeviceLoader(dataset, CPU, default_preprocessing(V2), 8, 0, BadImages(30))
 
