@@ -56,7 +56,7 @@ def main(args: cli.Words = None) -> dict:
     import folders
     from checkpoint import load_trained
     from files import replacing, save_json
-    from optimize import optimize_for_inference
+    from optimize import rewrite_for_inference
 
     trained = load_trained(weights)
     if args.int8:
@@ -64,7 +64,7 @@ def main(args: cli.Words = None) -> dict:
         folders.refuse_unknown(train | val, trained.classes, args.int8)
     cli.introduce(weights, trained, f"; {output} follows in some ten seconds")
     crop = trained.preprocessing["crop"]
-    model = to_onnx(optimize_for_inference(trained.model).network, crop)
+    model = to_onnx(rewrite_for_inference(trained.model).network, crop)
     # Of the options only those that `eval.py` needs for the same split.
     kept = {name: trained.args.get(name) for name in ("val_rate", "seed", "data")}
     about = {"classes": trained.classes, "preprocessing": trained.preprocessing, "args": kept}

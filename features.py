@@ -34,7 +34,7 @@ from folders import BadImages
 from image import ImageError
 from inference import stream, torch_run
 from my_dataset import batches
-from optimize import optimize_for_inference
+from optimize import rewrite_for_inference
 from utils import evaluate
 
 CACHE = Path(__file__).parent / ".cache" / "features"
@@ -128,7 +128,7 @@ def cached_features(
         bad.count(missing)
         return features
 
-    optimized = optimize_for_inference(model.eval())
+    optimized = rewrite_for_inference(model.eval())
     run = torch_run(optimized.forward_features, device, preprocessing)
     features = np.empty((len(paths), model.fc.in_features), np.float32)
     start, answers = time.perf_counter(), stream(paths, run, preprocessing, cores())

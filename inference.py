@@ -122,12 +122,12 @@ def of_bytes(run: Run, preprocessing: dict) -> Run:
 
 def _open_torch(weights: Path, device_name: str) -> tuple:
     from checkpoint import load_trained
-    from optimize import optimize_for_inference
+    from optimize import rewrite_for_inference
     from utils import choose_device
 
     device = choose_device(device_name)
     model, *about = load_trained(weights)
-    return optimize_for_inference(model.to(device)), device, about
+    return rewrite_for_inference(model.to(device)), device, about
 
 
 def torch_run(model: Callable, device, preprocessing: dict) -> Run:
@@ -234,9 +234,9 @@ def validate_network(
 ) -> None:
     """Measure a network in training as eval.py does; `log` gets "val_loss", "val_accuracy" and
     "confusion", as by utils.evaluate. RunError if no image can be read."""
-    from optimize import optimize_for_inference
+    from optimize import rewrite_for_inference
 
-    run = torch_run(optimize_for_inference(model.eval()), device, preprocessing)
+    run = torch_run(rewrite_for_inference(model.eval()), device, preprocessing)
     mine = share(paths)
     answers = cli.progress(stream(mine, run, preprocessing, cli.cores()), "validation", len(mine))
     tally, _ = measure(answers, share(labels), range(model.fc.out_features), bad)

@@ -1,6 +1,6 @@
 """Exact rewrites of a network that make it faster.
 
-`optimize_for_inference` changes how a trained network computes, not what:
+`rewrite_for_inference` changes how a trained network computes, not what:
 1. Every batch norm is folded into the convolution before it.
 2. In v2 no channel is shuffled, split off or passed along any more: see `DealtStage`.
 3. Weights and activations lie in memory as NHWC (channels_last), which convolutions prefer, and on
@@ -9,7 +9,10 @@
 In v1 the shuffle stays: its 1x1 convolutions are grouped, so a channel cannot be made beside others
 that are read with it without leaving its group.
 
-`optimize_for_training` folds batch norms that are frozen, while the convolutions learn.
+`rewrite_for_training` folds batch norms that are frozen, while the convolutions learn.
+
+Rewritten are the units and the skeleton of model.py. A network, unit or layer of another kind
+passes through as it is: correct, merely not faster.
 """
 
 import copy
@@ -22,15 +25,96 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from model import InvertedResidual, ShuffleNetV1, ShuffleNetV2, ShuffleUnit
 from utils import memory_format
 
+KNOWN = (InvertedResidual, ShuffleNetV1, ShuffleNetV2, ShuffleUnit)  # but nothing derived of them
 CPU_BATCH = 16  # images; the fastest of 1, 2, 4 ... 64 for x0.5, x1.0 and v1
 
 
-def optimize_for_training(model: ShuffleNetV1 | ShuffleNetV2) -> nn.Module:
+def rewrite_for_training(model: nn.Module) -> nn.Module:
     """A network with the parameters of `model`, to be trained in its place where batch norm is
     frozen: the same function and gradients, without a pass of batch norm over the activations."""
-    network = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    _fold_batch_norms(network, FoldedConv)
+    if not _is_exact(_fold_for_training, model):
+        return model
+    return _fold_for_training(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+
+
+def rewrite_for_inference(model: nn.Module) -> "Rewritten":
+    """A network that computes what `model` computes in eval mode, faster, on the same device and in
+    the same precision; `model` is left as it is."""
+    parameter = next(model.parameters())
+    network = copy.deepcopy(model).requires_grad_(False).eval()
+    if _is_exact(_fold_and_deal, network):
+        # In float64, to be rounded once; on the CPU, since Apple's GPU has none.
+        network = _fold_and_deal(network.cpu().double()).to(parameter.dtype)
+    device = parameter.device
+    return Rewritten(network).to(device, memory_format=memory_format(device))
+
+
+def _fold_for_training(network: nn.Module) -> nn.Module:
+    return _fold_batch_norms(network, FoldedConv)
+
+
+def _fold_and_deal(network: nn.Module) -> nn.Module:
+    return _deal_channels(_fold_batch_norms(network, fuse_conv_bn_eval))
+
+
+_tried: dict[tuple, bool] = {}  # rewrites and structures; a trial takes a tenth of a second
+
+
+def _is_exact(rewrite: Callable[[nn.Module], nn.Module], model: nn.Module) -> bool:
+    """Whether a rewrite leaves a network the same function. Tried in float64 on random weights,
+    since model.py is there to be edited: a unit may no longer do what is known of it here."""
+    if not any(type(module) in KNOWN for module in model.modules()):
+        return False
+    forwards = [(type(module).forward, module.extra_repr()) for module in model.modules()]
+    if (key := (rewrite, *forwards)) not in _tried:
+        _tried[key] = _try(rewrite, copy.deepcopy(model).cpu().double().eval())
+    return _tried[key]
+
+
+@torch.no_grad()
+def _try(rewrite: Callable[[nn.Module], nn.Module], network: nn.Module) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    for value in [*network.parameters(), *network.buffers()]:
+        if value.dim() > 1:
+            value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5, generator=generator)
+    expected = network(x)
+    try:
+        found = rewrite(network)(x)
+    except Exception:  # it does not even fit
+        return False
+    return bool((found - expected).abs().max() <= 1e-9 * expected.abs().max())
+
+
+def _fold_batch_norms(network: nn.Module, fold: Callable) -> nn.Module:
+    """Put fold(convolution, batch norm) in the place of every such pair of known modules."""
+    for module in list(network.modules()):
+        if type(module) is ShuffleUnit:
+            for conv, bn in (("pw1", "bn1"), ("dw", "bn2"), ("pw2", "bn3")):
+                if _can_be_folded(getattr(module, conv), getattr(module, bn)):
+                    setattr(module, conv, fold(getattr(module, conv), getattr(module, bn)))
+                    setattr(module, bn, nn.Identity())
+        elif type(module) in KNOWN:
+            for layers in module.children():
+                if type(layers) is nn.Sequential:
+                    for place in reversed(range(1, len(layers))):
+                        if _can_be_folded(layers[place - 1], layers[place]):
+                            layers[place - 1] = fold(layers[place - 1], layers[place])
+                            del layers[place]
     return network
+
+
+def _can_be_folded(conv: nn.Module, bn: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and type(bn) is nn.BatchNorm2d
+        and conv.padding_mode == "zeros"
+        and bn.affine
+        and bn.track_running_stats
+        and not bn.weight.requires_grad
+    )
 
 
 class FoldedConv(nn.Module):
@@ -41,70 +125,54 @@ class FoldedConv(nn.Module):
         super().__init__()
         self.conv = conv
         scale = bn.weight.detach() * torch.rsqrt(bn.running_var + bn.eps)
-        self.register_buffer("scale", scale.view(-1, 1, 1, 1))
+        self.register_buffer("scale", scale)
         self.register_buffer("shift", bn.bias.detach() - bn.running_mean * scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, weight = self.conv, self.conv.weight * self.scale
+        conv, shift = self.conv, self.shift
+        if conv.bias is not None:
+            shift = shift + conv.bias * self.scale
+        weight = conv.weight * self.scale.view(-1, 1, 1, 1)
         return nn.functional.conv2d(
-            x, weight, self.shift, conv.stride, conv.padding, groups=conv.groups
+            x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups
         )
 
 
-def optimize_for_inference(model: ShuffleNetV1 | ShuffleNetV2) -> "Optimized":
-    """A network that computes what `model` computes in eval mode, faster, on the same device and in
-    the same precision; `model` is left as it is. TypeError for what is no ShuffleNet of `model.py`,
-    or has units of another kind."""
-    unit_kind = {ShuffleNetV1: ShuffleUnit, ShuffleNetV2: InvertedResidual}.get(type(model))
-    stages = [model.stage2, model.stage3, model.stage4] if unit_kind else []
-    if not unit_kind or any(type(unit) is not unit_kind for stage in stages for unit in stage):
-        raise TypeError(f"{type(model).__name__} is no ShuffleNetV1 or ShuffleNetV2 of model.py")
-    device = next(model.parameters()).device
-    network = copy.deepcopy(model).requires_grad_(False).eval().cpu()
-    # In float64, to be rounded once; on the CPU, since Apple's GPU has none.
-    _fold_batch_norms(network.double(), fuse_conv_bn_eval)
-    if isinstance(network, ShuffleNetV2):
-        network.stage2 = DealtStage(network.stage2)
-        network.stage3 = DealtStage(network.stage3, network.stage2.order)
-        network.stage4 = DealtStage(network.stage4, network.stage3.order)
-        _permute(network.conv5[0], columns=network.stage4.order)
-    network.to(model.fc.weight.dtype)
-    return Optimized(network).to(device, memory_format=memory_format(device))
+class Rewritten(nn.Module):
+    """What `rewrite_for_inference` returns; it is called as the network that it was made from."""
 
-
-def _fold_batch_norms(network: nn.Module, fold: Callable) -> None:
-    """Put fold(convolution, batch norm) in the place of every such pair."""
-    for module in list(network.modules()):
-        if isinstance(module, ShuffleUnit):
-            for conv, bn in (("pw1", "bn1"), ("dw", "bn2"), ("pw2", "bn3")):
-                setattr(module, conv, fold(getattr(module, conv), getattr(module, bn)))
-                setattr(module, bn, nn.Identity())
-        elif isinstance(module, nn.Sequential):
-            for place in reversed(range(len(module))):
-                if isinstance(module[place], nn.BatchNorm2d):
-                    module[place - 1] = fold(module[place - 1], module[place])
-                    del module[place]
-
-
-class Optimized(nn.Module):
-    """What `optimize_for_inference` returns; it is called as the network that it was made from."""
-
-    def __init__(self, network: ShuffleNetV1 | ShuffleNetV2) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) to what `fc` sees, (N, channels)."""
-        x = x.to(memory_format=memory_format(x.device))
-        # On a CPU a few images at a time, whose activations stay in its caches; traced, the number
-        # of parts would be that of the example.
-        traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        parts = x.split(CPU_BATCH) if x.device.type == "cpu" and not traced else [x]
-        return torch.cat([self.network.forward_features(part) for part in parts])
+        return _in_parts(self.network.forward_features, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
-        return self.network.fc(self.forward_features(x))
+        return _in_parts(self.network, x)
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """On a CPU a few images at a time, whose activations stay in its caches."""
+    x = x.to(memory_format=memory_format(x.device))
+    if x.device.type != "cpu":
+        return function(x)
+    return torch.cat([function(part) for part in x.split(CPU_BATCH)])
+
+
+def _deal_channels(network: nn.Module) -> nn.Module:
+    """Rewrite the stages of v2 whose units are folded."""
+    if type(network) is ShuffleNetV2:
+        stages = nn.Sequential(network.stage2, network.stage3, network.stage4)
+        others = [type(unit) for stage in stages for unit in stage if type(unit) not in KNOWN]
+        if not others and not any(isinstance(m, nn.BatchNorm2d) for m in stages.modules()):
+            network.stage2 = DealtStage(network.stage2)
+            network.stage3 = DealtStage(network.stage3, network.stage2.order)
+            network.stage4 = DealtStage(network.stage4, network.stage3.order)
+            _permute(network.conv5[0], columns=network.stage4.order)
+    return network
 
 
 class DealtStage(nn.Module):

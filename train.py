@@ -111,7 +111,7 @@ def main(args: cli.Words = None) -> dict:
     from inference import validate_network
     from model import VARIANTS
     from my_dataset import DeviceLoader, MyDataSet
-    from optimize import optimize_for_training
+    from optimize import rewrite_for_training
 
     state = None
     if last:
@@ -192,7 +192,7 @@ def main(args: cli.Words = None) -> dict:
                 learner.load_state_dict(learning["head"])
         else:
             torch.set_num_threads(threads)
-            learner = optimize_for_training(model) if args.freeze_bn else model
+            learner = rewrite_for_training(model) if args.freeze_bn else model
             learner = distributed.wrap(learner, device, args.sync_bn)
             rest = (device, preprocessing, args.batch_size, args.workers, bad)
             loader = DeviceLoader(train_set, *rest)

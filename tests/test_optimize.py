@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from model import InvertedResidual, ShuffleNetV2, build_model
-from optimize import DealtStage, optimize_for_inference, optimize_for_training
+from model import InvertedResidual, ShuffleNetV2, build_model, channel_shuffle
+from optimize import DealtStage, rewrite_for_inference, rewrite_for_training
 from utils import freeze_batch_norm, set_train_mode
 
 # float32 sums in another order; float64 shows that this is all.
@@ -53,7 +53,7 @@ def test_any_stages_compute_the_same(seed, dtype):
     channels = [draw.randint(1, 30), *(2 * draw.randint(1, 40) for _ in range(3))]
     channels.append(draw.randint(1, 50))
     model = trained(ShuffleNetV2(repeats, channels, draw.randint(1, 9))).to(dtype)
-    optimized = optimize_for_inference(model)
+    optimized = rewrite_for_inference(model)
     assert type(optimized.network.stage4) is DealtStage
     assert difference(model, optimized) < TOLERANCE[dtype], (repeats, channels)
 
@@ -63,19 +63,19 @@ def test_any_stages_compute_the_same(seed, dtype):
 def test_every_kind_of_variant_computes_the_same_without_batch_norm(name, dtype):
     torch.manual_seed(0)
     model = trained(build_model(name, 10)).to(dtype)
-    optimized = optimize_for_inference(model)
+    optimized = rewrite_for_inference(model)
     assert difference(model, optimized, size=128) < TOLERANCE[dtype]
     assert not [m for m in optimized.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize("images", [1, 16, 17, 40])
 def test_a_batch_of_any_size_comes_back_in_order(model, images):
-    assert difference(model, optimize_for_inference(model), 32, images) < 1e-6
+    assert difference(model, rewrite_for_inference(model), 32, images) < 1e-6
 
 
 def test_the_model_is_left_as_it_is_in_train_mode_too(model):
     before = copy.deepcopy(model.state_dict())
-    optimized = optimize_for_inference(model.train())
+    optimized = rewrite_for_inference(model.train())
     assert model.training
     assert difference(model.eval(), optimized) < 1e-6
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -87,7 +87,7 @@ def test_frozen_batch_norm_folds_into_what_learns_with_the_same_gradients(name):
     torch.manual_seed(0)
     model = trained(build_model(name, 10)).double()
     freeze_batch_norm(model)
-    learner, x = optimize_for_training(model), torch.randn(2, 3, 64, 64).double()
+    learner, x = rewrite_for_training(model), torch.randn(2, 3, 64, 64).double()
     expected, found = [], []
     for network, figures in ((model, expected), (learner, found)):
         set_train_mode(network)
@@ -104,10 +104,73 @@ def test_frozen_batch_norm_folds_into_what_learns_with_the_same_gradients(name):
     assert [id(p) for p in learner.parameters()] == [id(p) for p in learnt]  # in this order
 
 
-def test_what_is_no_shufflenet_of_ours_is_refused():
-    """A derived class, of the network or of one unit, may compute anything."""
-    kind, unit = type("Own", (ShuffleNetV2,), {}), type("Own", (InvertedResidual,), {})
-    sizes = [1, 2, 1], [4, 4, 4, 4, 4]
-    for model in (nn.Linear(2, 2), kind(*sizes), ShuffleNetV2(*sizes, 5, unit)):
-        with pytest.raises(TypeError, match="is no ShuffleNetV1 or ShuffleNetV2 of model.py"):
-            optimize_for_inference(model.eval())
+class PreActivation(nn.Module):
+    """A unit of another kind: batch norm before its convolutions, which have a bias."""
+
+    def __init__(self, input_c, output_c, stride):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(input_c), nn.Conv2d(input_c, output_c, 3, stride, 1)
+        self.layers = nn.Sequential(nn.Conv2d(output_c, output_c, 1), nn.BatchNorm2d(output_c))
+
+    def forward(self, x):
+        y = self.conv(self.norm(x).relu())
+        return y + self.layers[1](self.layers[0](y).relu())  # no pair, though it looks like one
+
+
+class Widened(InvertedResidual):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Own(ShuffleNetV2):
+    def forward(self, x):
+        return self.fc(self.forward_features(x).relu() - 1)
+
+
+SIZES = [1, 2, 1], [4, 4, 4, 4, 4]
+FOREIGN = {
+    "units": lambda: ShuffleNetV2(*SIZES, 5, PreActivation),
+    "derived units": lambda: ShuffleNetV2(*SIZES, 5, Widened),
+    "a derived network": lambda: Own(*SIZES, 5),
+    "no network of ours": lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_not_known_passes_through(kind):
+    torch.manual_seed(0)
+    model = trained(FOREIGN[kind]()).double()
+    assert difference(model, rewrite_for_inference(model)) < 1e-12
+    freeze_batch_norm(model)
+    assert difference(model, rewrite_for_training(model).eval()) < 1e-12
+
+
+def squeezed(self, x):
+    """As someone might edit it: a gate behind the branches."""
+    return InvertedResidual.plain(self, x) * x.mean((1, 2, 3), keepdim=True).sigmoid()
+
+
+def swapped(self, x):
+    """Or batch norm of the first convolution before it."""
+    left, right = x.chunk(2, dim=1) if self.stride == 1 else (x, x)
+    conv, norm, *others = self.branch2
+    right = nn.Sequential(*others)(norm(conv(right).relu()))
+    return channel_shuffle(torch.cat((self.branch1(left), right), dim=1), 2)
+
+
+@pytest.mark.parametrize("forward", [squeezed, swapped])
+def test_a_unit_that_was_edited_passes_through(model, monkeypatch, forward):
+    monkeypatch.setattr(InvertedResidual, "plain", InvertedResidual.forward, raising=False)
+    monkeypatch.setattr(InvertedResidual, "forward", forward)
+    assert difference(model.double(), rewrite_for_inference(model)) < 1e-12
+    freeze_batch_norm(model)
+    assert difference(model, rewrite_for_training(model).eval()) < 1e-12
+
+
+def test_a_bias_before_a_frozen_batch_norm_learns_on(model):
+    conv = model.conv5[0]
+    model.conv5[0] = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
+    freeze_batch_norm(model.double())
+    learner = rewrite_for_training(model)
+    assert difference(model, learner.eval()) < 1e-12
+    assert learner.conv5[0].conv.bias is model.conv5[0].bias

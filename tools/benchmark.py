@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 import cli
 import export
 from model import build_model
-from optimize import optimize_for_inference
+from optimize import rewrite_for_inference
 from quantize import quantize
 
 MODELS = [f"shufflenet_v2_{width}" for width in ("x0_5", "x1_0", "x1_5", "x2_0")]
@@ -120,7 +120,7 @@ def measure_inference(args: Namespace) -> Iterator[tuple[str, dict]]:
     """Run networks on the same images; yields names and figures, turn by turn."""
     theirs, ours = same_networks(args.model, 1000)
     networks = {}
-    for name, network in (("torchvision", theirs), ("ours", optimize_for_inference(ours))):
+    for name, network in (("torchvision", theirs), ("ours", rewrite_for_inference(ours))):
         networks[f"{name}, PyTorch"] = in_pytorch(network)
         onnx = export.to_onnx(network, 224).SerializeToString()
         networks |= in_runtimes(name, onnx)
