@@ -9,118 +9,138 @@ output folder: confusion_matrix.png, confusions.csv, mistakes.png (the wrong ans
 largest loss), mistakes.csv (all of them) and per_class.csv.
 """
 
+import argparse
 import json
 import re
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import cli
-from cli import UsageError, notice, printable
+from shufflenet import Classifier
+from shufflenet.common import options
+from shufflenet.common.files import save_rows
+from shufflenet.common.messages import UsageError, notice, printable, progress, say
+from shufflenet.inference import plots
+from shufflenet.inference.metrics import class_report, confusions, measure
+from shufflenet.reading import download, folders
 
 WORDNET = re.compile(r"n\d{8}")  # the name of a class folder of ImageNet
 MISTAKES = 16  # images in mistakes.png
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Measure a trained network on a folder of images.")
+def build_parser() -> options.Parser:
+    parser = options.Parser(description="Measure a trained network on a folder of images.")
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--data-path", metavar="DIR",
         help="a folder per class, or train/ and val/ of such (if omitted: that of the run)")
     add("--split", choices=("val", "train", "all"),
         help="part to measure (if omitted: val if there is one or the run knows it, else all)")
-    cli.add_inference(parser.add_argument_group("network"))
+    options.add_inference(parser.add_argument_group("network"))
     parser.add_argument_group("output").add_argument("--output-dir", metavar="DIR",
         help="folder for tables and drawings (if omitted: runs/DATE-eval-SPLIT)")
     # fmt: on
     return parser
 
 
-def main(args: cli.Words = None) -> dict:
-    """Evaluate as the options say; returns what the last line prints, and "per_class"."""
+def main(words: options.Words = None) -> dict:
+    """Evaluate as the args say; returns what the last line prints, and "per_class"."""
     start = time.perf_counter()
-    args = build_parser().parse_args(args)
+    args = build_parser().parse_args(words)
     if args.data_path:
-        cli.require_data(args.data_path)
-    weights = cli.require_weights(args.weights)
-
-    # Imports that take a while, so not before the paths are known to be right.
-    import folders
-    import metrics
-    import plots
-    from files import save_rows
-    from inference import Classifier, measure
-
+        download.require_data(args.data_path)
+    weights = options.require_weights(args.weights)
     network = Classifier(weights, args.device, args.runtime, args.workers)
-    cli.introduce(weights, network, f"; {network.computed_by}")
-    classes = network.classes
+    notice(f"{weights}: {network.metadata}; {network.computed_by}")
 
-    images, split, root, whose = _choose(network, weights, args)
-    if len(images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, images)):
-        classes = list(images)  # folders of ImageNet, which are in the order of its classes
-    folders.refuse_unknown(images, classes, root)
-    paths, labels = folders.with_labels(images, classes)
-    notice(f"{root}: {split}, {len(paths)} images; {whose}")
+    data, classes = choose_data(network, args), network.classes
+    if len(data.images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, data.images)):
+        classes = list(data.images)  # folders of ImageNet, which are in the order of its classes
+    folders.refuse_unknown(data.images, classes, data.root)
+    paths, labels = folders.with_labels(data.images, classes)
+    notice(f"{data.root}: {data.split}, {len(paths)} images; {data.whose}")
+
+    folder = options.make_folder(args.output_dir, f"eval-{data.split}")
     bad = folders.BadImages(len(paths))
-    output_dir = cli.make_folder(args.output_dir, f"eval-{split}")
-    answers = cli.progress(network.stream(paths, args.workers), "evaluating", len(paths))
+    answers = progress(network.stream(paths, args.workers), "evaluating", len(paths))
     tally, mistakes = measure(answers, labels, classes, bad)
-    figures, report = tally.figures(), metrics.class_report(tally.confusion, classes)
+    figures, report = tally.figures(), class_report(tally.confusion, classes)
 
-    save_rows(report, output_dir / "per_class.csv")
-    save_rows(mistakes, output_dir / "mistakes.csv")
-    save_rows(metrics.confusions(tally.confusion, classes), output_dir / "confusions.csv")
-    title = f"{split}, {figures['images']} images, accuracy {figures['accuracy']:.3f}"
+    save_rows(report, folder / "per_class.csv")
+    save_rows(mistakes, folder / "mistakes.csv")
+    save_rows(confusions(tally.confusion, classes), folder / "confusions.csv")
+    title = f"{data.split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
-    plots.save_figure(figure, output_dir / "confusion_matrix.png")
-    panels = []
-    for row in mistakes[:MISTAKES]:
-        truth = f"is {plots.short(row['class'])}, {row['prob_of_class']:.3f}"
-        answer = f"{plots.short(row['prediction'])} {row['prob']:.3f}"
-        panels.append(plots.Panel(row["path"], answer, False, [truth]))
-    if panels:
-        plots.save_figure(plots.draw_images(panels), output_dir / "mistakes.png")
-    _print_table(report, figures)
-    about = {"bad_images": len(bad.seen), "split": split, "weights": str(weights)}
-    about |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(output_dir)}
-    summary = figures | about
-    cli.say(json.dumps(summary))
+    plots.save_figure(figure, folder / "confusion_matrix.png")
+    if mistakes:
+        draw_mistakes(mistakes, folder / "mistakes.png")
+    print_table(report, figures)
+    summary = {"top5": None} | figures | {"images": tally.images, "bad_images": len(bad.seen)}
+    summary |= {"split": data.split, "weights": str(weights)}
+    summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(folder)}
+    say(json.dumps(summary))
     return summary | {"per_class": report}
 
 
-def _choose(network, weights, args) -> tuple:
-    """The images to measure by class, which part of the data they are, its folder, and what that
-    is to the run."""
-    import folders
+@dataclass(frozen=True)
+class Data:
+    """The images to measure by class, and what they are to the run."""
 
-    data_path = args.data_path or network.args.get("data_path")
+    root: Path
+    images: folders.Images
+    split: str
+    whose: str
+
+
+def choose_data(network: Classifier, args: argparse.Namespace) -> Data:
+    """Find the images to measure; UsageError if nobody says where they are."""
+    run = network.metadata.args
+    data_path = args.data_path or run.get("data_path")
     if not data_path:
-        raise UsageError(f"add --data-path: {weights} does not say what it was trained on")
-    root = folders.prepare_data(data_path)
+        what = "does not say what it was trained on"
+        raise UsageError(f"{network.weights} {what}: add --data-path")
+    root = download.prepare_data(data_path)
     parts = folders.find_parts(root)
-    data = folders.fingerprint(parts)
-    trained_on = data == network.args.get("data")
+    trained_on = folders.fingerprint(parts) == run.get("data")
     split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
     if split == "all":
         images = folders.all_images(parts)
     else:
-        images = folders.sides(root, parts, network.args)[split == "val"]
+        train, val = folders.split_images(parts, run.get("val_rate") or 0.2, run.get("seed") or 0)
+        images = val if split == "val" else train
     whose = f"{'what' if trained_on else 'another set than'} the run was trained on"
-    if not trained_on and str(root.resolve()) == network.args.get("data_path"):
+    if not trained_on and str(root.resolve()) == run.get("data_path"):
         whose = "changed since the run learnt from it, which flatters accuracy"
-    return images, split, root, whose
+    return Data(root, images, split, whose)
 
 
-def _print_table(report: list[dict], figures: dict) -> None:
+def draw_mistakes(mistakes: list[dict], path: Path) -> None:
+    """Draw the mistakes with the largest loss."""
+    panels = []
+    for row in mistakes[:MISTAKES]:
+        answer = f"{plots.short(row['prediction'])} {row['prob']:.3f}"
+        truth = f"is {plots.short(row['class'])}, {row['prob_of_class']:.3f}"
+        panels.append(plots.Panel(row["path"], answer, False, [truth]))
+    plots.save_figure(plots.draw_images(panels), path)
+
+
+def print_table(report: list[dict], figures: dict) -> None:
+    """Print a line per class, and one of all."""
     width = max(len("class"), *(len(printable(row["class"])) for row in report))
-    cli.say(f"{'class':{width}}  images  precision  recall      f1")
+    say(f"{'class':{width}}  images  precision  recall      f1")
     for row in report:
         shares = (row[name] for name in ("precision", "recall", "f1"))
         precision, recall, f1 = ("-" if share is None else f"{share:.3f}" for share in shares)
         name = printable(row["class"])
-        cli.say(f"{name:{width}}  {row['images']:6}  {precision:>9}  {recall:>6}  {f1:>6}")
-    top5 = "" if figures["top5"] is None else f"  Acc@5 {100 * figures['top5']:.3f}"
-    cli.say(f"* Acc@1 {100 * figures['accuracy']:.3f}{top5}  loss {figures['loss']:.4f}")
+        say(f"{name:{width}}  {row['images']:6}  {precision:>9}  {recall:>6}  {f1:>6}")
+    words = [f"* Acc@1 {100 * figures['accuracy']:.3f}"]
+    if "top5" in figures:
+        words.append(f"Acc@5 {100 * figures['top5']:.3f}")
+    for name, value in figures.items():
+        if name not in ("accuracy", "top5"):
+            words.append(f"{name} {value:.4f}")
+    say("  ".join(words))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run_script(main)

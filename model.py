@@ -38,12 +38,12 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     n, c, h, w = x.shape
     if groups < 1 or c % groups != 0:
         raise ValueError(f"channel_shuffle: {c} channels do not divide into {groups} groups")
-    if x.stride(1) == 1:
-        # channels_last in memory: the same shuffle on the last axis, so that it stays so.
-        x = x.permute(0, 2, 3, 1).reshape(n, h, w, groups, c // groups)
-        return x.transpose(3, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)
-    x = x.reshape(n, groups, c // groups, h, w).transpose(1, 2)  # (N,g,C/g,H,W) -> (N,C/g,g,H,W)
-    return x.reshape(n, c, h, w)
+    if x.stride(1) != 1:
+        x = x.reshape(n, groups, c // groups, h, w)
+        return x.transpose(1, 2).reshape(n, c, h, w)  # (N,g,C/g,H,W) -> (N,C/g,g,H,W)
+    # channels_last in memory: the same shuffle on the last axis, so that it stays so.
+    x = x.permute(0, 2, 3, 1).reshape(n, h, w, groups, c // groups)
+    return x.transpose(3, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 # torch.fx, and what is built on it, takes the shuffle as one operation: it branches on its input.
@@ -58,11 +58,12 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
 
 
-def _stem(channels: int) -> tuple[nn.Sequential, nn.MaxPool2d]:
-    """The start that both versions share: (N,3,H,W) -> (N,channels,H/4,W/4)."""
-    conv = nn.Conv2d(3, channels, 3, 2, padding=1, bias=False)
+def _stem(channels: int, small_images: bool) -> tuple[nn.Sequential, nn.Module]:
+    """The start that both versions share: (N,3,H,W) -> (N,channels,H/4,W/4). Images of some 32
+    pixels would be shrunk to 8, so that with `small_images` it keeps the size."""
+    conv = nn.Conv2d(3, channels, 3, 1 if small_images else 2, padding=1, bias=False)
     conv1 = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-    return conv1, nn.MaxPool2d(3, 2, padding=1)
+    return conv1, nn.Identity() if small_images else nn.MaxPool2d(3, 2, padding=1)
 
 
 # -- v2 --------------------------------------------------------------------------------------------
@@ -125,6 +126,7 @@ class ShuffleNetV2(nn.Module):
         stages_out_channels: channels of conv1, stage 2, 3, 4 and conv5.
         num_classes: outputs of `fc`.
         inverted_residual: the unit, called with (input_c, output_c, stride).
+        small_images: for some 32 pixels; keys and shapes of the weights stay.
     """
 
     def __init__(
@@ -133,13 +135,14 @@ class ShuffleNetV2(nn.Module):
         stages_out_channels: list[int],
         num_classes: int = 1000,
         inverted_residual: Callable[[int, int, int], nn.Module] = InvertedResidual,
+        small_images: bool = False,
     ) -> None:
         super().__init__()
         if len(stages_repeats) != 3 or len(stages_out_channels) != 5:
             raise ValueError("stages_repeats must be 3 numbers and stages_out_channels 5")
         conv1_c, *stages_c, conv5_c = stages_out_channels
 
-        self.conv1, self.maxpool = _stem(conv1_c)
+        self.conv1, self.maxpool = _stem(conv1_c, small_images)
         stages, input_c = [], conv1_c
         for repeats, output_c in zip(stages_repeats, stages_c, strict=True):
             units = [inverted_residual(input_c, output_c, 2)]
@@ -237,16 +240,23 @@ _V1_CHANNELS = {
 
 class ShuffleNetV1(nn.Module):
     """ShuffleNet v1 (table 1), of 1, 2, 3, 4 or 8 groups (the paper's figures are mostly for 3) and
-    width 0.25, 0.5, 1.0, 1.5 or 2.0, the paper's "s x"; ValueError for others."""
+    width 0.25, 0.5, 1.0, 1.5 or 2.0, the paper's "s x"; ValueError for others. `small_images`: see
+    ShuffleNetV2."""
 
-    def __init__(self, groups: int = 3, width: float = 1.0, num_classes: int = 1000) -> None:
+    def __init__(
+        self,
+        groups: int = 3,
+        width: float = 1.0,
+        num_classes: int = 1000,
+        small_images: bool = False,
+    ) -> None:
         super().__init__()
         if width not in _V1_CHANNELS.get(groups, {}):
             known = f"{list(_V1_CHANNELS)} at one of {list(_V1_CHANNELS[1])}"
             raise ValueError(f"{groups} groups at width {width}: must be one of {known}")
         input_c, output_c = _V1_CHANNELS[groups][width]
 
-        self.conv1, self.maxpool = _stem(input_c)
+        self.conv1, self.maxpool = _stem(input_c, small_images)
         stages = []
         for repeats in (4, 8, 4):
             first_grouped = bool(stages)  # only stage 2 starts ungrouped
@@ -282,8 +292,9 @@ _V2_CHANNELS = {  # table 5: conv1, stage 2, 3, 4, conv5
     "x2_0": [24, 244, 488, 976, 2048],
 }
 
-# Every network of this repository: name -> what builds it, called with num_classes=...
-VARIANTS: dict[str, Callable[..., ShuffleNetV1 | ShuffleNetV2]] = {
+# Every network of this repository: name -> what builds it, called with num_classes=... It has `fc`,
+# `forward_features` and, to be explained, `feature_map`. A network of your own is a line here.
+VARIANTS: dict[str, Callable[..., nn.Module]] = {
     f"shufflenet_v2_{width}": partial(ShuffleNetV2, [4, 8, 4], channels)
     for width, channels in _V2_CHANNELS.items()
 } | {
@@ -293,20 +304,26 @@ VARIANTS: dict[str, Callable[..., ShuffleNetV1 | ShuffleNetV2]] = {
 }
 
 
-def build_model(
-    name: str, num_classes: int = 1000, small_images: bool = False
-) -> ShuffleNetV1 | ShuffleNetV2:
-    """A network of `VARIANTS` by its name, with fresh weights; ValueError for no such name.
+IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of RGB values in 0 to 1
+IMAGENET_STD = [0.229, 0.224, 0.225]
+# What torchvision publishes with its weights; networks without such weights use the same as x1.0.
+RESIZE = {"shufflenet_v2_x1_5": 232, "shufflenet_v2_x2_0": 232}
 
-    With `small_images` it is made for some 32 pixels, which conv1 and the pooling after it would
-    shrink to 8: the one gets stride 1, the other goes. Keys and shapes of the weights stay.
-    """
+
+def default_preprocessing(name: str, small_images: bool = False) -> dict:
+    """How an image is prepared for a network of `VARIANTS`: its shorter side becomes `resize`
+    pixels, the centre of `crop` pixels is cut out, `mean` subtracted and divided by `std`."""
+    resize, crop = (32, 32) if small_images else (RESIZE.get(name, 256), 224)
+    return {"resize": resize, "crop": crop, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def build_model(name: str, num_classes: int = 1000, small_images: bool = False) -> nn.Module:
+    """A network of `VARIANTS` by its name, with fresh weights; ValueError for no such name."""
     if name not in VARIANTS:
         raise ValueError(f"no model is called {name!r}, only {', '.join(VARIANTS)}")
-    model = VARIANTS[name](num_classes=num_classes)
     if small_images:
-        model.conv1[0].stride, model.maxpool = (1, 1), nn.Identity()
-    return model
+        return VARIANTS[name](num_classes=num_classes, small_images=True)
+    return VARIANTS[name](num_classes=num_classes)
 
 
 # By their names in the tutorial and in torchvision, called with num_classes=...

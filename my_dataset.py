@@ -1,55 +1,50 @@
-"""From images on the disk to batches on the device: data set, transforms, order, loader."""
+"""From images on the disk to batches on the device: data set, augmentations, loader."""
 
 import math
 import random
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from cli import RunError
-from distributed import WORLD, share
-from folders import BadImages
-from image import IMAGENET_MEAN, ImageError, ahead, load_centre, load_crop, load_rgb
-from utils import memory_format
+from model import IMAGENET_MEAN
+from shufflenet.common.messages import RunError
+from shufflenet.inference.pytorch import Normalize
+from shufflenet.reading.ahead import ahead, batches
+from shufflenet.reading.folders import BadImages
+from shufflenet.reading.image import ImageError, load_centre, load_crop, load_rgb
 
 
 class MyDataSet(Dataset):
-    """Images and their classes.
-
-    `transform` is called with the RGB image. With a `seed` it is called with the path instead, and
-    with a random.Random that depends on seed, epoch and index alone: nothing else changes what is
-    drawn, not the order, not the number of threads. ImageError on access if an image cannot be
-    read.
-    """
+    """Images and their classes, as in the tutorial: the RGB image, or what `transform` makes of it,
+    and the index of its class. ImageError on access if an image cannot be read."""
 
     def __init__(
         self,
         images_path: Sequence[str],
         images_class: Sequence[int],
         transform: Callable | None = None,
-        seed: int | None = None,
     ) -> None:
         if len(images_path) != len(images_class):
             raise ValueError(f"{len(images_path)} images but {len(images_class)} classes")
         self.images_path = images_path
         self.images_class = images_class
         self.transform = transform
-        self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.images_path)
 
     def __getitem__(self, index: int) -> tuple:
-        path, label = self.images_path[index], self.images_class[index]
-        if self.seed is not None:
-            return self.transform(path, random.Random(f"{self.seed} {self.epoch} {index}")), label
-        image = load_rgb(path)
-        return self.transform(image) if self.transform else image, label
+        image = load_rgb(self.images_path[index])
+        if self.transform:
+            image = self.transform(image)
+        return image, self.images_class[index]
 
     @staticmethod
     def collate_fn(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -58,53 +53,97 @@ class MyDataSet(Dataset):
         return torch.stack(images), torch.tensor(labels)
 
 
-def train_transform(size: int, random_erase: float = 0.0) -> Callable:
-    """Reads a random crop of 8 to 100 % of the area, mirrored at random; uint8 (size, size, 3).
+class AugmentedDataSet(MyDataSet):
+    """Images as train.py reads them: uint8 (side, side, 3) and the index of the class.
 
-    With the probability `random_erase` a rectangle of 2 to 33 % of it becomes the mean colour
-    (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020).
+    `read(path, rng)` reads an image, and each of `augmentations(pixels, rng)` changes it. All draw
+    from `rng`, a random.Random that depends on seed, epoch and index alone: nothing else changes
+    what is drawn, not the order, not the number of threads.
     """
 
-    def transform(path: str, rng: random.Random) -> np.ndarray:
-        draw = partial(random_box, area=(0.08, 1), ratio=4 / 3, rng=rng)
-        return _mirror_and_erase(load_crop(path, draw, size, spare=1), random_erase, rng)
+    def __init__(
+        self,
+        images_path: Sequence[str],
+        images_class: Sequence[int],
+        read: Callable[[str, random.Random], np.ndarray],
+        augmentations: Sequence[Callable[[np.ndarray, random.Random], np.ndarray]] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(images_path, images_class)
+        self.read, self.augmentations, self.seed = read, augmentations, seed
 
-    return transform
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        pixels = self.read(self.images_path[index], rng)
+        for augment in self.augmentations:
+            pixels = augment(pixels, rng)
+        return pixels, self.images_class[index]
 
 
-def small_transform(preprocessing: dict, random_erase: float = 0.0) -> Callable:
-    """Shifts the image that evaluation sees by up to an eighth of its side, mirrors and erases at
-    random; uint8 (crop, crop, 3). Each image is decoded once and kept in memory."""
-    side, kept = preprocessing["crop"], {}
-    margin = side // 8
+def training_set(
+    paths: Sequence[str],
+    labels: Sequence[int],
+    options: Namespace,
+    preprocessing: dict,
+    small_images: bool,
+) -> MyDataSet:
+    """What train.py learns from; `options` are its own. An augmentation of your own is a line of
+    the list, or take a MyDataSet with a Compose of torchvision."""
+    side = options.train_size or preprocessing["crop"]
+    read = RandomShift(preprocessing) if small_images else partial(random_crop, side=side)
+    augmentations = [
+        mirror,
+        partial(erase, share=options.random_erase),
+    ]
+    return AugmentedDataSet(paths, labels, read, augmentations, options.seed)
 
-    def transform(path: str, rng: random.Random) -> np.ndarray:
-        if path not in kept:
+
+def evaluation_set(
+    paths: Sequence[str], labels: Sequence[int], preprocessing: dict
+) -> AugmentedDataSet:
+    """Images as evaluation sees them; nothing is drawn."""
+    return AugmentedDataSet(paths, labels, lambda path, rng: load_centre(path, preprocessing))
+
+
+# -- what is drawn for an image --------------------------------------------------------------------
+
+
+def random_crop(path: str | Path, rng: random.Random, side: int) -> np.ndarray:
+    """A part of 8 to 100 % of the area of an image; uint8 (side, side, 3)."""
+    draw = partial(random_box, area=(0.08, 1), ratio=4 / 3, rng=rng)
+    return load_crop(path, draw, side, spare=1)
+
+
+class RandomShift:
+    """The small image that evaluation sees, shifted by up to an eighth of its side; uint8
+    (crop, crop, 3). Each image is decoded once and kept in memory."""
+
+    def __init__(self, preprocessing: dict) -> None:
+        self.preprocessing = preprocessing
+        self.kept: dict[str, np.ndarray] = {}
+
+    def __call__(self, path: str | Path, rng: random.Random) -> np.ndarray:
+        side = self.preprocessing["crop"]
+        margin = side // 8
+        if path not in self.kept:
             edges = ((margin, margin), (margin, margin), (0, 0))
-            kept[path] = np.pad(load_centre(path, preprocessing), edges, "reflect")
+            self.kept[path] = np.pad(load_centre(path, self.preprocessing), edges, "reflect")
         left, top = rng.randint(0, 2 * margin), rng.randint(0, 2 * margin)
-        pixels = kept[path][top : top + side, left : left + side].copy()
-        return _mirror_and_erase(pixels, random_erase, rng)
-
-    return transform
+        return self.kept[path][top : top + side, left : left + side]
 
 
-def choose_transform(options, cached: bool, preprocessing: dict) -> Callable:
-    """How train.py reads an image to train on. Cached features are read by features.py; there this
-    is only for samples.png: what evaluation sees, and no draw."""
-    if cached:
-        return lambda path, rng: load_centre(path, preprocessing)
-    if options.small_images:
-        return small_transform(preprocessing, options.random_erase)
-    return train_transform(options.train_size or preprocessing["crop"], options.random_erase)
+def mirror(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Mirrors every second image; uint8 (H, W, 3)."""
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
-def _mirror_and_erase(pixels: np.ndarray, random_erase: float, rng: random.Random) -> np.ndarray:
-    side = len(pixels)
-    if rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    if rng.random() < random_erase:
+def erase(pixels: np.ndarray, rng: random.Random, share: float) -> np.ndarray:
+    """Gives a rectangle of 2 to 33 % of the area the mean colour, in a share of the images (Zhong
+    et al., "Random Erasing Data Augmentation", AAAI 2020); uint8 (side, side, 3)."""
+    if rng.random() < share:
+        side = len(pixels)
         left, top, right, bottom = random_box(side, side, (0.02, 0.33), 10 / 3, rng)
+        pixels = pixels.copy()
         pixels[top:bottom, left:right] = [round(255 * value) for value in IMAGENET_MEAN]
     return pixels
 
@@ -127,41 +166,31 @@ def random_box(
     return left, top, left + w, top + h
 
 
-class Normalize(nn.Module):
-    """uint8 (N, 3, H, W) to the network's float32: scaled to 0..1, minus mean, over std."""
-
-    def __init__(self, preprocessing: dict) -> None:
-        super().__init__()
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(preprocessing[name]).view(3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = images.float().contiguous(memory_format=memory_format(images.device))
-        return images.div_(255).sub_(self.mean).div_(self.std)
-
-
-def batches(length: int, size: int, seed: int | None, epoch: int) -> list[list[int]]:
-    """The numbers below `length` in lists of `size`; in order, or in one of seed and epoch."""
-    order = list(range(length))
-    if seed is not None:
-        random.Random(f"{seed} {epoch}").shuffle(order)
-    return [order[first : first + size] for first in range(0, length, size)]
+# -- batches ---------------------------------------------------------------------------------------
 
 
 class DeviceLoader:
-    """Batches to train on: images on the device, normalised (N, 3, H, W), and their classes (N,);
-    in another order in each epoch.
+    """Batches on the device: images, normalised (N, 3, H, W), and their classes (N,).
 
-    `threads` read ahead while the device computes; 0 reads when a batch is asked for. Images that
-    cannot be read are missing from their batch and counted by `bad`.
+    `threads` read ahead while the device computes; 0 reads when a batch is asked for. With a `seed`
+    the order is another in each epoch. Of several processes each takes a `part` (number, parts) of
+    every batch. Images that cannot be read are missing from their batch and noted in `bad`.
     """
 
     def __init__(
-        self, dataset: MyDataSet, device: torch.device, preprocessing: dict, batch_size: int,
-        threads: int, bad: BadImages,
-    ) -> None:  # fmt: skip
-        self.dataset, self.device = dataset, device
-        self.batch_size, self.threads, self.bad = batch_size, threads, bad
+        self,
+        dataset: MyDataSet,
+        device: torch.device,
+        preprocessing: dict,
+        batch_size: int,
+        threads: int,
+        bad: BadImages,
+        seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.dataset, self.device, self.threads, self.bad = dataset, device, threads, bad
+        self.seed, (self.number, self.parts) = seed, part
+        self.batch_size = batch_size * self.parts  # of all processes
         self.normalize = Normalize(preprocessing).to(device)
 
     def set_epoch(self, epoch: int) -> None:
@@ -169,24 +198,23 @@ class DeviceLoader:
         self.dataset.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self.dataset) / (self.batch_size * WORLD))
+        return math.ceil(len(self.dataset) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        data = self.dataset
-        together = batches(len(data), self.batch_size * WORLD, data.seed, data.epoch)
-        # As many for each process: of a last batch that does not divide some are left out.
-        order = [share(batch[: len(batch) // WORLD * WORLD]) for batch in together]
-        for items in ahead(self._read, filter(None, order), self.threads):
+        order = batches(len(self.dataset), self.batch_size, self.seed, self.dataset.epoch)
+        for items in ahead(self._read, filter(None, map(self._part_of, order)), self.threads):
             good = []
             for item in items:
                 self.bad.add(item) if isinstance(item, ImageError) else good.append(item)
-            if not good and WORLD > 1:  # the others would wait for its gradients
-                raise RunError("use a larger --batch-size: no image of a batch can be read")
             if good:
-                pixels, labels = zip(*good, strict=True)
-                images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # NHWC -> NCHW
-                images, labels = images.to(self.device), torch.tensor(labels).to(self.device)
-                yield self.normalize(images), labels
+                yield self._on_device(*zip(*good, strict=True))
+            elif self.parts > 1:  # the others would wait for its gradients
+                raise RunError("no image of a batch can be read: use a larger --batch-size")
+
+    def _part_of(self, batch: list[int]) -> list[int]:
+        """As many for each process: of a last batch that does not divide some are left out."""
+        size = len(batch) // self.parts
+        return batch[self.number * size : (self.number + 1) * size]
 
     def _read(self, indices: list[int]) -> list[tuple | ImageError]:
         items = []
@@ -196,3 +224,10 @@ class DeviceLoader:
             except ImageError as error:
                 items.append(error)
         return items
+
+    def _on_device(self, images: Sequence, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
+        labels = torch.tensor(labels).to(self.device)
+        if isinstance(images[0], Tensor):  # of a Compose, normalised there
+            return torch.stack(images).to(self.device), labels
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # NHWC -> NCHW
+        return self.normalize(pixels.to(self.device)), labels

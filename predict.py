@@ -8,29 +8,32 @@
 
 Prints the path of an image and its most probable classes, best first; of several images, a line
 each and a summary. An image that cannot be read is named on stderr, the others are classified, and
-the exit code is 1. From Python: inference.Classifier.
+the exit code is 1. From Python: `from shufflenet import Classifier`.
 """
 
-import argparse
 import json
 import os
 import time
 from collections import Counter
 
-import cli
-from cli import RunError, UsageError, notice, printable
+from shufflenet import Classifier
+from shufflenet.common import options
+from shufflenet.common.files import save_rows
+from shufflenet.common.messages import RunError, UsageError, notice, printable, progress, say
+from shufflenet.reading.folders import images_below
+from shufflenet.reading.image import ImageError
 
 PANELS = 32  # images in a plot
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Classify images with a trained network.")
+def build_parser() -> options.Parser:
+    parser = options.Parser(description="Classify images with a trained network.")
     # fmt: off
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR",
         help="images, or folders that are searched for images")
-    cli.add_inference(parser.add_argument_group("network"))
+    options.add_inference(parser.add_argument_group("network"))
     add = parser.add_argument_group("output").add_argument
-    add("--topk", type=cli.number(int, 1), metavar="K",
+    add("--topk", type=options.number(int, 1), metavar="K",
         help="classes per image (if omitted: 5; 1 if there are several images)")
     add("--json", action="store_true", help="print one JSON object per line")
     add("--output", metavar="FILE.csv", help="write a table, print nothing")
@@ -45,64 +48,56 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def main(args: cli.Words = None) -> list[dict]:
-    """Classify as the options say; returns what `--json` prints."""
-    args = build_parser().parse_args(args)
+def main(words: options.Words = None) -> list[dict]:
+    """Classify as the args say; returns what `--json` prints."""
+    args = build_parser().parse_args(words)
     for place in args.images:
         if not os.path.isdir(place):
-            cli.require_path(place, "image")
-    weights = cli.require_weights(args.weights)
+            options.require_path(place, "image")
+    weights = options.require_weights(args.weights)
     if args.explain and weights.suffix.lower() == ".onnx":
-        raise UsageError(f"--explain: use a .pth file, which has feature maps; {weights} has none")
-    if args.explain and not args.show:
-        args.save_plot = args.save_plot or "explain.png"
-    if args.save_plot:
-        cli.check_file("--save-plot", args.save_plot, cli.PLOTS)
+        raise UsageError(f"--explain: {weights} has no feature maps; use a .pth file")
+    plot = args.save_plot or ("explain.png" if args.explain and not args.show else None)
+    if plot:
+        options.check_file("--save-plot", plot, options.PLOTS)
     if args.output:
-        cli.check_file("--output", args.output, (".csv",))
+        options.check_file("--output", args.output, (".csv",))
 
-    # Imports that take a while, so not before the paths are known to be right.
-    from image import ImageError
-    from inference import Classifier
-
-    paths = _find(args.images)
+    paths = find_paths(args.images)
     # The names of the classes come from the file; of a bare state dict: checkpoint.load_trained.
     classifier = Classifier(weights, args.device, args.runtime, args.workers)
-    cli.introduce(weights, classifier, f"; {classifier.computed_by}")
+    notice(f"{weights}: {classifier.metadata}; {classifier.computed_by}")
     results, failed, start = [], 0, time.perf_counter()
     # An answer is logits float32 (classes,), or an ImageError.
     answers = classifier.stream(paths, args.workers)
-    for path, answer in (
-        cli.progress(answers, "classifying", len(paths)) if args.output else answers
-    ):
+    if args.output:
+        answers = progress(answers, "classifying", len(paths))
+    for path, answer in answers:
         if isinstance(answer, ImageError):
             failed += 1
             notice(f"error: {answer}")
             continue
         guesses = classifier.best_classes(answer, args.topk or 5)
         results.append({"path": path, "predictions": guesses, "weights": str(weights)})
-        if not args.output:
-            text = _text(results[-1], args.topk, alone=len(paths) == 1)
-            cli.say(json.dumps(results[-1]) if args.json else text)
+        if args.json and not args.output:
+            say(json.dumps(results[-1]))
+        elif not args.output:
+            say(text_of(results[-1], args.topk, alone=len(paths) == 1))
     if args.output:
-        from files import save_rows
-
-        save_rows([_row(**result) for result in results], args.output)
+        save_rows([row_of(result) for result in results], args.output)
     if len(paths) > 1:
         counts = Counter(result["predictions"][0]["class"] for result in results)
         parts = ", ".join(f"{name} {count}" for name, count in counts.most_common(20))
         notice(f"{len(results)} images in {time.perf_counter() - start:.1f} s: {parts}")
-    if results and (args.save_plot or args.show):
-        _plot(results, classifier, args)
+    if results and (plot or args.show):
+        draw(results, classifier, args.explain, plot, args.show)
     if failed:
         raise RunError(f"{failed} of {len(paths)} images could not be read, named above")
     return results
 
 
-def _find(places: list[str]) -> list[str]:
+def find_paths(places: list[str]) -> list[str]:
     """The images named, and those in and below the folders named, in the order given."""
-    from folders import images_below
-
     paths = []
     for place in places:
         found = images_below(place, Counter()) if os.path.isdir(place) else [place]
@@ -112,7 +107,8 @@ def _find(places: list[str]) -> list[str]:
     return paths
 
 
-def _text(result: dict, topk: int | None, alone: bool) -> str:
+def text_of(result: dict, topk: int | None, alone: bool) -> str:
+    """What is printed of an image: of one `alone` a line per class."""
     guesses = [(printable(g["class"]), g["prob"]) for g in result["predictions"]]
     if alone:
         lines = [f"class: {name:<10}   prob: {prob:.3f}" for name, prob in guesses]
@@ -121,16 +117,20 @@ def _text(result: dict, topk: int | None, alone: bool) -> str:
     return f"{printable(result['path'])}  {answers}"
 
 
-def _row(path: str, predictions: list[dict], weights: str) -> dict:
-    cells = {"path": path}
-    for rank, guess in enumerate(predictions, 1):
+def row_of(result: dict) -> dict:
+    """A row of the table."""
+    cells = {"path": result["path"]}
+    for rank, guess in enumerate(result["predictions"], 1):
         cells |= {f"class_{rank}": guess["class"], f"prob_{rank}": round(guess["prob"], 6)}
     return cells
 
 
-def _plot(results: list[dict], classifier, args: argparse.Namespace) -> None:
-    """Where the folder of an image is called as a class, that is taken for its truth."""
-    import plots
+def draw(
+    results: list[dict], classifier: Classifier, explain: bool, plot: str | None, show: bool
+) -> None:
+    """Draw the images with their classes. Where the folder of an image is called as a class, that
+    is taken for its truth."""
+    from shufflenet.inference import plots  # Matplotlib, which classifying does not need
 
     if len(results) > PANELS:
         notice(f"the plot shows the first {PANELS} of {len(results)} images")
@@ -142,13 +142,13 @@ def _plot(results: list[dict], classifier, args: argparse.Namespace) -> None:
         truth = os.path.basename(os.path.dirname(result["path"]))
         best = result["predictions"][0]["class"]
         right = truth == best if truth in classifier.classes else None
-        heat = classifier.explain(result["path"], best) if args.explain else None
+        heat = classifier.explain(result["path"], best) if explain else None
         panels.append(plots.Panel(result["path"], first, right, others, heat))
-    if args.save_plot:
-        plots.save_figure(plots.draw_images(panels), args.save_plot)
-    if args.show:
+    if plot:
+        plots.save_figure(plots.draw_images(panels), plot)
+    if show:
         plots.show_images(panels)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run_script(main)

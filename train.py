@@ -14,27 +14,71 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 
-import cli
-import distributed
-from cli import RunError, UsageError, notice
+import numpy as np
+import torch
+from torch import nn
+
+from model import VARIANTS, build_model, default_preprocessing
+from my_dataset import DeviceLoader, MyDataSet, evaluation_set, training_set
+from shufflenet.common import files, options
+from shufflenet.common.messages import RunError, UsageError, notice, say
+from shufflenet.inference import checkpoint, pytorch, rewrite
+from shufflenet.inference.metadata import Metadata
+from shufflenet.reading import download, folders, image
+from shufflenet.training import distributed, features
+from shufflenet.training.run_folder import RunFolder, load_run
+from utils import cosine_lr, freeze_batch_norm, freeze_layers, train_epoch, use_bfloat16, validate
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Train or fine-tune a ShuffleNet on a folder of images.")
-    count, share = cli.number(int, 1), cli.number(float, 0, 1)
+@dataclass(frozen=True)
+class Recipe:
+    """How something learns, where the options do not say otherwise."""
+
+    epochs: int
+    batch_size: int
+    lr: float  # falls as a half cosine towards lr * lrf
+    lrf: float
+    weight_decay: float
+    clip: float | None = None  # largest norm of the gradients of a step
+    fc_first: bool = False  # train fc alone before all layers, as epoch 0
+    freeze_bn: bool = False
+
+    def __str__(self) -> str:
+        values = {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+RECIPES = {
+    "scratch": Recipe(epochs=30, batch_size=16, lr=0.01, lrf=0.1, weight_decay=4e-5),
+    # A freshly fitted fc sends large gradients: they are clipped.
+    "finetune": Recipe(
+        epochs=16, batch_size=16, lr=0.003, lrf=0.01, weight_decay=4e-5,
+        clip=5.0, fc_first=True, freeze_bn=True,
+    ),
+    # fc on cached features. Of 3 batch sizes x 5 rates x 3 decays, 30 epochs, 5 splits, these were
+    # at the top for 800 training images and for 200 (flower_photos, x0.5).
+    "fc": Recipe(epochs=30, batch_size=64, lr=0.03, lrf=0.1, weight_decay=0.1),
+    # Images of some 32 pixels; docs/training.md has the measurements.
+    "small": Recipe(epochs=30, batch_size=128, lr=0.1, lrf=0.01, weight_decay=5e-4),
+}  # fmt: skip
+
+
+def build_parser() -> options.Parser:
+    parser = options.Parser(description="Train or fine-tune a ShuffleNet on a folder of images.")
+    count, share = options.number(int, 1), options.number(float, 0, 1)
     # fmt: off
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", default=cli.FLOWER_PHOTOS, metavar="DIR",
+    add("--data-path", default="data/flower_photos", metavar="DIR",
         help="a folder per class, or train/ and val/ of such; the default is downloaded if absent")
-    add("--val-rate", type=cli.number(float, 1e-6, 0.99), default=0.2, metavar="SHARE",
+    add("--val-rate", type=options.number(float, 1e-6, 0.99), default=0.2, metavar="SHARE",
         help="share of every class that is drawn for validation")
-    add("-j", "--workers", type=cli.number(int, 0), default=min(max(1, cli.cores() - 1), 8),
+    add("-j", "--workers", type=options.number(int, 0), default=min(max(1, options.cores() - 1), 8),
         metavar="N", help="threads that read images beside training; 0 reads between the steps")
 
     add = parser.add_argument_group("network").add_argument
@@ -42,7 +86,7 @@ def build_parser() -> cli.Parser:
         help="shufflenet_v2_ x0_5, x1_0, x1_5, x2_0, or shufflenet_v1_ x0_25 to x2_0 _g1 to _g8")
     add("--weights", default="", metavar="FILE",
         help="weights to start from: a file, or 'imagenet' for torchvision's (downloaded)")
-    add("--freeze-layers", nargs="?", const=True, default=False, type=cli.true_or_false,
+    add("--freeze-layers", nargs="?", const=True, default=False, type=options.true_or_false,
         metavar="true|false", help="train only the last layer, fc")
     add("--no-freeze-layers", dest="freeze_layers", action="store_false", help=argparse.SUPPRESS)
     add("--cache-features", action=argparse.BooleanOptionalAction, default=True,
@@ -52,34 +96,33 @@ def build_parser() -> cli.Parser:
         help="train fc alone first, then every layer: the gradients of a new fc would spoil them "
         "(if omitted: when --weights leaves fc new, without --no-cache-features)")
     add("--freeze-bn", action=argparse.BooleanOptionalAction,
-        help="keep batch norm's statistics, scale and shift (if omitted: as --fc-first)")
+        help="keep batch norm's statistics, scale and shift (if omitted: of the recipe)")
     add("--small-images", action=argparse.BooleanOptionalAction,
-        help="a network for 32 pixels, whose first layers shrink nothing, by default with --lr 0.1 "
-        "--lrf 0.01 --wd 5e-4 -b 128 (if omitted: without --weights where the first image has at "
-        "most 48)")
+        help="a network for 32 pixels, whose first layers shrink nothing (if omitted: without "
+        "--weights where the first image has at most 48)")
 
-    add = parser.add_argument_group("training").add_argument
+    recipes = "; ".join(f"{kind}: {recipe}" for kind, recipe in RECIPES.items())
+    add = parser.add_argument_group(
+        "training", f"What is omitted here is taken of a recipe. {recipes}").add_argument
     add("--epochs", type=count, metavar="N",
-        help="passes over the data (default: 30; after --fc-first 16)")
-    add("-b", "--batch-size", type=count, metavar="N", 
-        help="images per step, of each process (default: 16; with cached features 64)")
-    add("--lr", type=cli.number(float, 1e-30), metavar="RATE",
-        help="first learning rate (default: 0.01; cached features 0.03; after --fc-first 0.003); "
-        "with N processes multiply it by N, since a step sees N times the images")
+        help="passes over the data")
+    add("-b", "--batch-size", type=count, metavar="N",
+        help="images per step, of each process")
+    add("--lr", type=options.number(float, 1e-30), metavar="RATE",
+        help="first learning rate; with N processes multiply it by N, since a step sees N times "
+        "the images")
     add("--lrf", type=share, metavar="SHARE",
-        help="the rate falls towards lr * lrf (default: 0.1; after --fc-first 0.01)")
-    add("--wd", "--weight-decay", dest="weight_decay", type=cli.number(float, 0), metavar="DECAY",
-        help="weight decay of SGD (default: 4e-5; cached features 0.1)")
-    add("--sync-bn", action="store_true",
-        help="of several processes: batch norm over the images of all (CUDA)")
-    add("--train-size", type=cli.number(int, 64, 1024), metavar="PIXELS",
+        help="the rate falls towards lr * lrf")
+    add("--wd", "--weight-decay", dest="weight_decay", type=options.number(float, 0),
+        metavar="DECAY", help="weight decay of SGD")
+    add("--train-size", type=options.number(int, 64, 1024), metavar="PIXELS",
         help="side of the crops to train on; smaller is faster (if omitted: 224)")
     add("--random-erase", type=share, default=0.0, metavar="SHARE",
         help="share of the training images in which a random rectangle is hidden")
     add("--patience", type=count, metavar="N", help="stop after N epochs without improvement")
-    add("--seed", type=cli.number(int, 0), default=0, metavar="N",
+    add("--seed", type=options.number(int, 0), default=0, metavar="N",
         help="decides split, order, augmentation and fresh weights")
-    add("--device", **cli.DEVICE)
+    add("--device", **options.DEVICE)
     add("--amp", action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (if omitted: on NVIDIA's GPUs that have it)")
 
@@ -92,303 +135,360 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def main(args: cli.Words = None) -> dict:
+@dataclass(frozen=True)
+class Data:
+    """Paths of images, and the index of the class of each, to train and to validate on."""
+
+    classes: list[str]
+    train: tuple[list[str], list[int]]
+    val: tuple[list[str], list[int]]
+    fingerprint: str
+    bad: folders.BadImages
+
+    def own_val(self) -> tuple[list[str], list[int]]:
+        """What this process validates, of several."""
+        paths, labels = self.val
+        return distributed.share(paths), distributed.share(labels)
+
+
+def main(words: options.Words = None) -> dict:
     """Train as the options say; returns what the last line prints."""
     start = time.perf_counter()
-    args = build_parser().parse_args(args)
-    last = check(args)
-
-    # Imports that take seconds, so not before the paths are known to be right.
-    import torch
-
-    import features
-    import folders
-    import my_dataset
-    import run as run_folder
-    import utils
-    from files import locked
-    from image import default_preprocessing
-    from inference import validate_network
-    from model import VARIANTS
-    from my_dataset import DeviceLoader, MyDataSet
-    from optimize import rewrite_for_training
-
-    state = None
-    if last:
-        again = args.resume == "" and "--resume" not in args.words
-        state, args = run_folder.load(last, build_parser(), args)
-        if again and state["args"]["typed"] != shlex.join(args.words):
-            raise UsageError(f"add --resume, or name another --output-dir: {last} is another run's")
-    if args.model not in VARIANTS:
-        raise UsageError(
-            f"--model {args.model}: use shufflenet_v2_x0_5, _x1_0, _x1_5 or _x2_0, or one of "
-            "shufflenet_v1_x0_25_g1 to shufflenet_v1_x2_0_g8"
-        )
-    device = utils.choose_device(args.device)
+    parser = build_parser()
+    typed = parser.parse_args(words)
+    last = find_last(typed)
+    state, args = load_run(last, parser, typed) if last else (None, typed)
+    check(args, typed, state)
+    device = pytorch.choose_device(args.device, distributed.LOCAL_RANK)
     distributed.join(device)
-    if args.sync_bn and device.type != "cuda":
-        raise UsageError("--sync-bn: omit it; batch norm is shared between GPUs only")
-    cached = args.freeze_layers and args.cache_features
-    amp = not cached and utils.use_bfloat16(device, args.amp)
-    threads = min(torch.get_num_threads(), cli.cores())
-    torch.set_num_threads(1)  # a head is too small to be shared: threads would wait for each other
 
     # Data.
     with distributed.first_on_its_machine():
-        root = fetch(args, wanted=args.weights == "imagenet" and not state)
-    parts = folders.find_parts(root)
-    # As utils.read_split_data, with the names of the classes kept.
-    train_images, val_images = folders.split_images(root, args.val_rate, args.seed, parts)
-    data = folders.fingerprint(parts)
-    distributed.require_same(data, f"{args.data_path} holds other images than rank 0 sees")
-    done = state and len(state["history"])
-    distributed.require_same(done, "name an --output-dir that all processes see")
-    classes = list(train_images)  # {class: [paths]} -> [paths], [class indices]
-    train = folders.with_labels(train_images, classes)
-    val = folders.with_labels(val_images, classes)
-    bad = folders.BadImages(len(train[0]) + len(val[0]))
-    if len(train[0]) < distributed.WORLD:
-        raise UsageError(f"start fewer processes: there are {len(train[0])} images to train on")
-    notice(f"{len(train[0])} images to train, {len(val[0])} to validate, {len(classes)} classes")
+        root = download.prepare_data(args.data_path).resolve()
+        if args.weights == "imagenet" and not state:
+            checkpoint.imagenet_file(args.model)
+    data = read_data(args, state)
 
-    # Network.
+    # Network, and how it is trained.
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # CUDA's convolutions repeat their results
-    model = build_network(args, classes, state, train[0][0])
-    model.to(device, memory_format=utils.memory_format(device))
-    preprocessing = default_preprocessing(args.model, args.small_images)
-    if args.batch_size > len(train[0]):
-        notice(f"use a smaller --batch-size: {args.batch_size} images are more than there are")
+    small_images = choose_small_images(args, data.train[0][0])
+    model, fc_is_new = build_network(args, data.classes, small_images, state)
+    model.to(device, memory_format=pytorch.memory_format(device))
+    recipe = choose_recipe(args, fc_is_new, small_images)
+    if args.freeze_layers:
+        freeze_layers(model)
+    if recipe.freeze_bn:
+        freeze_batch_norm(model)
 
     # Output.
-    output_dir = cli.make_folder(args.output_dir, args.name or args.model)
-    args.output_dir, args.data_path = str(output_dir), str(root.resolve())
-    about = {"model_name": args.model, "classes": classes, "preprocessing": preprocessing}
-    about["args"] = describe(args, data, state)
-    with nullcontext() if distributed.RANK else locked(output_dir):
-        run = run_folder.Run(output_dir, about, state)
-        notice(f"writing to {output_dir}, training on {device}{' in bfloat16' if amp else ''}")
-        transform = my_dataset.choose_transform(args, cached, preprocessing)
-        train_set = MyDataSet(*train, transform, args.seed)
-        if not state:
-            run.save_last(model, None)  # so that there always is something to resume
-            run.draw_samples(train_set)
-
-        common = (model, train, val, preprocessing, device, args.seed, bad)
-        if args.fc_first and not run.history:  # as epoch 0
-            with distributed.first_on_its_machine():
-                head, *rest = features.head_and_data(*common, features.RECIPE.batch_size)
-            *_, (row, confusion, _) = fit(head, *rest, device, features.RECIPE)
-            head.fold_into(model.fc)
-            run.record(row | {"epoch": 0}, confusion, model, None)
-            notice(f"fc alone reaches {row['val_accuracy']:.4f}; now all layers")
-
-        # What learns, and from what; with --no-cache-features fc learns as in my_dataset.py, too.
-        learning = state and state["learning"]
-        if cached:
-            with distributed.first_on_its_machine():
-                learner, loader, validate = features.head_and_data(*common, args.batch_size)
-            if learning:
-                learner.load_state_dict(learning["head"])
+    folder = options.make_folder(args.output_dir, args.name or args.model)
+    settings = describe(args, data, state) | asdict(recipe)
+    settings |= {"small_images": small_images, "output_dir": str(folder), "data_path": str(root)}
+    preprocessing = default_preprocessing(args.model, small_images)
+    metadata = Metadata(args.model, data.classes, preprocessing, settings)
+    first = distributed.RANK == 0
+    with files.locked(folder) if first else nullcontext():
+        run = RunFolder(folder, model, metadata, state, writes=first)
+        notice(f"writing to {folder}")
+        if args.freeze_layers and args.cache_features:
+            run.draw_samples(evaluation_set(*data.train, preprocessing))
+            train_fc(model, data, metadata, recipe, device, run)
         else:
-            torch.set_num_threads(threads)
-            learner = rewrite_for_training(model) if args.freeze_bn else model
-            learner = distributed.wrap(learner, device, args.sync_bn)
-            rest = (device, preprocessing, args.batch_size, args.workers, bad)
-            loader = DeviceLoader(train_set, *rest)
-            validate = partial(validate_network, model, *val, device, preprocessing, bad)
-
-        if run.stalled(args.patience):  # as the run was before it was resumed
-            args.epochs = run.epoch
-        # What fc learnt from few images is steep; gradients through it may not carry the rest off.
-        clip = 5.0 if args.fc_first else None
-        steps = fit(learner, loader, validate, device, args, amp, clip, run.epoch, learning)
-        for row, confusion, learning in steps:
-            if cached:
-                learner.fold_into(model.fc)
-                learning["head"] = learner.state_dict()
-            better = run.record(row, confusion, model, learning)
-            say_epoch(row, args.epochs, better)
-            if run.stalled(args.patience):
-                notice(f"stopped: nothing better for {args.patience} epochs (--patience)")
-                break
+            train_set = training_set(*data.train, args, preprocessing, small_images)
+            run.draw_samples(train_set)
+            if recipe.fc_first and not run.history:  # as epoch 0
+                figures, confusion = train_fc(model, data, metadata, RECIPES["fc"], device)
+                run.record(figures | {"epoch": 0}, confusion)
+                notice(f"fc alone reaches {figures['val_accuracy']:.4f}; now all layers")
+            train_layers(model, train_set, data, metadata, recipe, device, run)
         run.finish()
-
-    torch.set_num_threads(threads)  # of whoever called this
-    return report(run, len(train[0]), len(val[0]), start)
+    return report(run, data, start)
 
 
-def report(run, train_images: int, val_images: int, start: float) -> dict:
+def train_fc(
+    model: nn.Module,
+    data: Data,
+    metadata: Metadata,
+    recipe: Recipe,
+    device: torch.device,
+    run: RunFolder | None = None,
+) -> tuple[dict, np.ndarray]:
+    """Train `fc` alone, as a head on features that are computed once: see features.py."""
+    paths, threads = [*data.train[0], *data.val[0]], own_cores()
+    with distributed.first_on_its_machine():
+        rows = features.cached_features(
+            model, paths, metadata.preprocessing, device, threads, data.bad
+        )
+    head, train_loader, val_loader = features.head_and_loaders(
+        model.fc, rows, data.train, data.own_val(), recipe.batch_size, metadata.args["seed"]
+    )
+    with pytorch.torch_threads(1):  # a head is too small to be shared: threads would wait
+        return fit(model, head, train_loader, val_loader, recipe, device, run)
+
+
+def train_layers(
+    model: nn.Module,
+    train_set: MyDataSet,
+    data: Data,
+    metadata: Metadata,
+    recipe: Recipe,
+    device: torch.device,
+    run: RunFolder,
+) -> None:
+    """Train what is not frozen of a network, on images."""
+    learner = rewrite.rewrite_for_training(model) if recipe.freeze_bn else model
+    learner = distributed.wrap(learner, device)
+    seed, workers = metadata.args["seed"], metadata.args["workers"]
+    reading = (device, metadata.preprocessing, recipe.batch_size, workers, data.bad)
+    train_loader = DeviceLoader(train_set, *reading, seed, (distributed.RANK, distributed.WORLD))
+    val_set = evaluation_set(*data.own_val(), metadata.preprocessing)
+    val_loader = DeviceLoader(val_set, *reading)
+    amp = use_bfloat16(device, metadata.args["amp"])
+    notice(f"training on {device}{' in bfloat16' if amp else ''}")
+    with pytorch.torch_threads(min(torch.get_num_threads(), own_cores())):
+        fit(model, learner, train_loader, val_loader, recipe, device, run, amp)
+
+
+def own_cores() -> int:
+    """The cores of this process, of several on its machine."""
+    return max(1, options.cores() // distributed.LOCAL_WORLD)
+
+
+def fit(
+    model: nn.Module,
+    learner: nn.Module,
+    train_loader: Iterable,
+    val_loader: Iterable,
+    recipe: Recipe,
+    device: torch.device,
+    run: RunFolder | None = None,
+    amp: bool = False,
+) -> tuple[dict, np.ndarray | None]:
+    """Train and validate, epoch after epoch; returns figures and confusion matrix of the last.
+
+    `model` is the network that is saved; `learner` is what computes in its place while it learns:
+    itself, its rewrite, or a head on cached features. A `run` keeps every epoch, and goes on where
+    it ended. RunError if the loss is not finite.
+    """
+    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        parameters, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+    )
+    criterion = nn.CrossEntropyLoss()
+    figures, confusion = {}, None
+    if run:
+        run.restore(learner, optimizer)
+    for epoch in range(run.epoch if run else 0, recipe.epochs):
+        if run and run.stalled:
+            notice("stopped: --patience epochs have brought nothing better")
+            break
+        start = time.perf_counter()
+        lr = cosine_lr(recipe.lr, recipe.lrf, epoch, recipe.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        trained = train_epoch(
+            learner, optimizer, train_loader, device, epoch,
+            criterion=criterion, amp=amp, clip=recipe.clip,
+        )  # fmt: skip
+        distributed.share_statistics(learner)
+        if isinstance(learner, features.Head):
+            learner.fold_into(model.fc)
+            tally = validate(learner, val_loader, device)
+        else:
+            tally = validate(rewrite.rewrite_for_inference(model), val_loader, device)
+        tally = distributed.total(tally)
+        validated = {f"val_{name}": value for name, value in tally.figures().items()}
+        if not math.isfinite(validated["val_loss"]):
+            loss = validated["val_loss"]
+            raise RunError(f"the loss is {loss} in validation: use a smaller --lr (now {lr:.3g})")
+        figures = {"epoch": epoch + 1, "lr": lr} | distributed.mean(trained) | validated
+        figures["seconds"], confusion = time.perf_counter() - start, tally.confusion
+        if run:
+            better = run.record(figures, confusion, learner, optimizer)
+            say_epoch(figures, recipe.epochs, better)
+    return figures, confusion
+
+
+def say_epoch(figures: dict, epochs: int, better: bool) -> None:
+    """Print the line of an epoch, with whatever figures it has."""
+    left = timedelta(seconds=round(figures["seconds"] * (epochs - figures["epoch"])))
+    words = [f"epoch {figures['epoch']}/{epochs}", f"lr {figures['lr']:.4g}"]
+    for side in ("train", "val"):
+        shown = [side]
+        for name, value in figures.items():
+            if name.startswith(f"{side}_"):
+                name = name.removeprefix(f"{side}_").replace("accuracy", "acc")
+                shown.append(f"{name} {value:.4f}")
+        words.append(" ".join(shown))
+    words += [f"{figures['seconds']:.1f} s", f"{figures['images_per_second']:.0f} img/s"]
+    words += [f"{left} left", *(["best"] if better else [])]
+    say("  ".join(words))
+
+
+def report(run: RunFolder, data: Data, start: float) -> dict:
     """Say what came of it, and what to do next; `start` is of time.perf_counter."""
     best_file = run.folder / "best.pth"
     next_step = f"python predict.py IMAGE --weights {best_file}, or python eval.py"
     notice(f"{best_file} holds epoch {run.best['epoch']}; next: {next_step}")
-    summary = {"best_accuracy": run.best["accuracy"], "best_epoch": run.best["epoch"]}
-    summary |= {"epochs": run.epoch, "train_images": train_images, "val_images": val_images}
-    summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(run.folder)}
-    cli.say(json.dumps(summary))
+    summary = {
+        "best_accuracy": run.best["accuracy"],
+        "best_epoch": run.best["epoch"],
+        "epochs": run.epoch,
+        "train_images": len(data.train[0]),
+        "val_images": len(data.val[0]),
+        "seconds": round(time.perf_counter() - start, 2),
+        "output_dir": str(run.folder),
+    }
+    say(json.dumps(summary))
     return summary
 
 
-def build_network(args, classes: list[str], state: dict | None, first_image: str):
-    """The network to start or to go on with, frozen as the options say; chooses those omitted."""
-    import checkpoint
-    import utils
-    from image import is_small
-    from model import build_model
+# -- what the options mean ----------------------------------------------------------------------
 
-    if args.small_images is None and args.weights not in ("", "imagenet"):
-        args.small_images = checkpoint.is_of_small_images(args.weights)
-    if args.small_images is None:
-        args.small_images = not (args.weights or args.train_size) and is_small(first_image)
-        if args.small_images:
-            notice("--small-images: the first image is small (--no-small-images enlarges them)")
 
-    if args.small_images and args.train_size:
-        raise UsageError("--train-size: omit it; small images, as of --weights, are not resized")
-    model, new_fc = build_model(args.model, len(classes), args.small_images), True
+def find_last(args: argparse.Namespace) -> Path | None:
+    """The last.pth to resume from; None for a new run. Processes that torchrun starts again resume
+    the run in --output-dir by themselves."""
+    if args.resume is None:
+        last = Path(args.output_dir or "", "last.pth")
+        return last if distributed.WORLD > 1 and args.output_dir and last.exists() else None
+    last = Path(args.resume or args.output_dir or options.newest_run("last.pth"))
+    if last.is_dir():
+        last = last / "last.pth"
+    options.require_path(last, "--resume")
+    if last.suffix != ".pth":
+        raise UsageError(f"--resume {last} is neither the folder of a run nor its last.pth")
+    if args.output_dir and Path(args.output_dir).resolve() != last.resolve().parent:
+        raise UsageError(f"--output-dir {args.output_dir}: a run resumes in its folder; omit it")
+    return last
+
+
+def check(args: argparse.Namespace, typed: argparse.Namespace, state: dict | None) -> None:
+    """Refuse what cannot work, before the work; `state` is that of a run that goes on."""
+    if distributed.WORLD > 1 and not args.output_dir:
+        todo = "processes that are started again look for the run there; name one"
+        raise UsageError(f"--output-dir is missing: {todo}")
+    if args.model not in VARIANTS:
+        first = ", ".join([*VARIANTS][:4])
+        raise UsageError(f"--model {args.model} is not there: use {first}, or another of --help")
     if state:
-        if state["classes"] != classes:
-            raise UsageError(f"--data-path {args.data_path}: the run was trained on other classes")
-        checkpoint.load_weights(model, state["model"], "last.pth")
-    elif args.weights:
-        new_fc = checkpoint.load_pretrained(model, args.model, args.weights, classes)
-    settle(args, new_fc)
-    if args.freeze_layers:
-        utils.freeze_layers(model)
-    if args.freeze_bn:
-        utils.freeze_batch_norm(model)
-    return model
-
-
-def say_epoch(row: dict, epochs: int, better: bool) -> None:
-    left = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
-    cli.say(
-        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  "
-        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}  "
-        f"val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.4f}  "
-        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} img/s  {left} left"
-        f"{'  best' * better}"
-    )
-
-
-def fit(
-    learner, loader, validate, device, options, amp=False, clip=None, first=0, learning=None
-) -> Iterator[tuple]:
-    """Train the network, or the head on cached features, and validate it, epoch after epoch.
-
-    `validate` notes its figures in the dict `log`, as utils.evaluate does. `options` holds epochs,
-    lr, lrf and weight_decay; `clip` is the largest norm of the gradients of a step. `first` epochs
-    are done, and `learning` is the state given after them. Yields after every epoch its row of
-    figures, the confusion matrix, and the state of what learns. RunError if the loss is not finite.
-    """
-    import torch
-
-    from utils import cosine_lr, train_one_epoch
-
-    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    decay = options.weight_decay
-    optimizer = torch.optim.SGD(parameters, options.lr, momentum=0.9, weight_decay=decay)
-    if learning:
-        optimizer.load_state_dict(learning["optimizer"])
-    for epoch in range(first, options.epochs):
-        lr = cosine_lr(options.lr, options.lrf, epoch, options.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        row, start = {"epoch": epoch + 1, "lr": lr}, time.perf_counter()
-        train_one_epoch(learner, optimizer, loader, device, epoch, amp=amp, clip=clip, log=row)
-        row = distributed.meet(learner, row)
-        validate(log=row)
-        if not math.isfinite(row["val_loss"]):
-            raise RunError(f"use a smaller --lr: the loss is {row['val_loss']} in validation")
-        row["seconds"] = time.perf_counter() - start
-        yield row, row.pop("confusion"), {"optimizer": optimizer.state_dict()}
-
-
-def fetch(args: argparse.Namespace, wanted: bool) -> Path:
-    """Download what is not there yet, ImageNet weights if `wanted`; returns the folder of the data.
-    RunError says all that cannot be had."""
-    from checkpoint import imagenet_file
-    from folders import prepare_data
-
-    errors = []
-    for get, name in [(imagenet_file, args.model)] * wanted + [(prepare_data, args.data_path)]:
-        try:
-            get(name)
-        except RunError as error:
-            errors.append(str(error))
-    if errors:
-        raise RunError("; and ".join(errors))
-    return Path(args.data_path)
-
-
-def describe(args: argparse.Namespace, data: str, state: dict | None) -> dict:
-    """The options as checkpoints keep them, with the fingerprint of the data, and date and words of
-    the start."""
-    options = {name: value for name, value in vars(args).items() if name not in ("words", "resume")}
-    now = f"{datetime.now():%Y-%m-%d %H:%M}"
-    began = state["args"] if state else {"data": data, "date": now, "typed": shlex.join(args.words)}
-    if began["data"] != data:
-        notice(f"{args.data_path} holds other images than when the run began")
-    options["processes"] = distributed.WORLD
-    return options | {name: began[name] for name in ("data", "date", "typed")}
-
-
-def settle(args: argparse.Namespace, new_fc: bool) -> None:
-    """Choose what was omitted, where it depends on what learns. A new `fc` on trained layers is
-    trained first: the gradients that it sends through them mean nothing yet."""
-    from features import RECIPE
-
-    if args.fc_first is None:
-        args.fc_first = bool(args.weights and new_fc and args.cache_features)
-        args.fc_first &= not args.freeze_layers
-    if args.freeze_bn is None:
-        args.freeze_bn = args.fc_first
-    values = {"epochs": 30, "lr": 0.01, "lrf": 0.1, "weight_decay": 4e-5, "batch_size": 16}
-    if args.small_images:
-        values |= {"lr": 0.1, "lrf": 0.01, "weight_decay": 5e-4, "batch_size": 128}
-    if args.fc_first:
-        values |= {"epochs": 16, "lr": 0.003, "lrf": 0.01}
-    if args.freeze_layers and args.cache_features:
-        values |= vars(RECIPE)
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
-def check(args: argparse.Namespace) -> Path | None:
-    """Refuse what cannot work, before torch is imported; returns the last.pth to resume from."""
-    if distributed.WORLD > 1 and not args.output_dir and args.resume is None:
-        raise UsageError(
-            "add --output-dir: processes that are started again look for the run there"
-        )
-    again = distributed.WORLD > 1 and args.resume is None
-    if again and Path(args.output_dir, "last.pth").exists():
-        args.resume = ""  # if the same command began it: torchrun starts processes again
-    if args.resume is not None:
-        named = args.resume or args.output_dir
-        last = Path(named or cli.newest_run("last.pth"))
-        last = last / "last.pth" if last.is_dir() else last
-        cli.require_path(last, "--resume")
-        if last.suffix != ".pth":
-            raise UsageError(f"--resume {last}: name the folder of a run, or its last.pth")
-        if args.output_dir and Path(args.output_dir).resolve() != last.resolve().parent:
-            raise UsageError(f"omit --output-dir {args.output_dir}: a run resumes in its folder")
-        return last
-    cli.require_data(args.data_path)
+        if (processes := state["args"].get("processes", 1)) != distributed.WORLD:
+            raise UsageError(
+                f"the run began with {processes} processes: start as many, not {distributed.WORLD}"
+            )
+        if typed.resume is None and state["args"]["typed"] != shlex.join(typed.words):
+            todo = "add --resume, or name another --output-dir"
+            raise UsageError(f"{args.output_dir} holds another run: {todo}")
+        return
+    download.require_data(args.data_path)
     if args.weights not in ("", "imagenet"):
-        cli.require_path(args.weights, "--weights")
+        options.require_path(args.weights, "--weights")
     if args.output_dir and Path(args.output_dir, "last.pth").exists():
         todo = "add --resume, or name another --output-dir"
-        raise UsageError(f"{todo}: {args.output_dir} holds a run")
-    if args.freeze_layers and args.cache_features and (args.train_size or args.random_erase):
-        raise UsageError("--train-size, --random-erase: omit them, or add --no-cache-features")
-    if args.fc_first and (args.freeze_layers or not (args.cache_features and args.weights)):
-        raise UsageError("--fc-first: add --weights, omit --freeze-layers and --no-cache-features")
+        raise UsageError(f"{args.output_dir} holds a run: {todo}")
+    cached = args.freeze_layers and args.cache_features
+    if cached and (args.train_size or args.random_erase):
+        todo = "omit them, or add --no-cache-features"
+        raise UsageError(
+            f"--train-size, --random-erase: cached features are of whole images; {todo}"
+        )
+    if args.fc_first and (args.freeze_layers or not args.cache_features):
+        todo = "omit --freeze-layers and --no-cache-features"
+        raise UsageError(f"--fc-first trains all layers after fc on cached features: {todo}")
+    if args.fc_first and not args.weights:
+        raise UsageError(
+            "--fc-first: there are no trained layers for fc to learn on; add --weights"
+        )
     if (args.freeze_layers or args.freeze_bn) and not args.weights:
-        notice("add --weights: what is frozen holds random weights")
-    return None
+        notice("what is frozen holds random weights: add --weights")
+
+
+def read_data(args: argparse.Namespace, state: dict | None) -> Data:
+    """List the images and split them, as utils.read_split_data, with the names of the classes."""
+    root = args.data_path
+    parts = folders.find_parts(root)
+    train_images, val_images = folders.split_images(parts, args.val_rate, args.seed)
+    folders.require_classes(train_images, val_images, root)
+    classes = list(train_images)
+    train = folders.with_labels(train_images, classes)
+    val = folders.with_labels(val_images, classes)
+    fingerprint = folders.fingerprint(parts)
+
+    if state and state["classes"] != classes:
+        raise UsageError(f"--data-path {root}: the run was trained on other classes")
+    distributed.require_same(fingerprint, f"{root} holds other images than rank 0 sees")
+    done = state and len(state["history"])
+    distributed.require_same(done, "not all processes see the run: name another --output-dir")
+    count = len(train[0])
+    if count < distributed.WORLD:
+        raise UsageError(f"there are {count} images to train on: start fewer processes")
+    notice(f"{count} images to train, {len(val[0])} to validate, {len(classes)} classes")
+    return Data(classes, train, val, fingerprint, folders.BadImages(count + len(val[0])))
+
+
+def choose_small_images(args: argparse.Namespace, first_image: str) -> bool:
+    """Whether the network is made for images of some 32 pixels."""
+    small = args.small_images
+    if small is None and args.weights not in ("", "imagenet"):
+        small = checkpoint.is_of_small_images(args.weights)
+    elif small is None:
+        small = not (args.weights or args.train_size) and image.is_small(first_image)
+        if small:
+            notice("--small-images: the first image is small (--no-small-images enlarges them)")
+    if small and args.train_size:
+        raise UsageError("--train-size: small images, as of --weights, are not resized; omit it")
+    return small
+
+
+def build_network(
+    args: argparse.Namespace, classes: list[str], small_images: bool, state: dict | None
+) -> tuple[nn.Module, bool]:
+    """The network to start or to go on with, and whether its `fc` is new."""
+    model, fc_is_new = build_model(args.model, len(classes), small_images), True
+    if state:
+        checkpoint.load_weights(model, state["model"], "last.pth")
+    elif args.weights:
+        fc_is_new = checkpoint.load_pretrained(model, args.model, args.weights, classes)
+    return model, fc_is_new
+
+
+def choose_recipe(args: argparse.Namespace, fc_is_new: bool, small_images: bool) -> Recipe:
+    """The recipe for what learns, with what was typed in place of its values. A new `fc` on trained
+    layers is trained first: the gradients that it sends through them mean nothing yet."""
+    cached = args.freeze_layers and args.cache_features
+    fc_first = args.fc_first
+    if fc_first is None:
+        fc_first = bool(
+            args.weights and fc_is_new and args.cache_features and not args.freeze_layers
+        )
+    if cached:
+        kind = "fc"
+    elif fc_first:
+        kind = "finetune"
+    elif small_images:
+        kind = "small"
+    else:
+        kind = "scratch"
+    typed = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    recipe = replace(RECIPES[kind], **typed)
+    notice(f"recipe {kind}: {recipe}")
+    return recipe
+
+
+def describe(args: argparse.Namespace, data: Data, state: dict | None) -> dict:
+    """The options as checkpoints keep them, with the fingerprint of the data, and date and words of
+    the start."""
+    words = {"data": data.fingerprint, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    words["typed"] = shlex.join(args.words)
+    if state:
+        words = {name: state["args"][name] for name in words}
+    if words["data"] != data.fingerprint:
+        notice(f"{args.data_path} holds other images than when the run began")
+    kept = {name: value for name, value in vars(args).items() if name not in ("words", "resume")}
+    return kept | {"processes": distributed.WORLD} | words
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run_script(main)

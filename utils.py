@@ -1,53 +1,35 @@
-"""One epoch of training, validation, and what they need: split, device, seed, schedule."""
+"""One epoch of training, validation, and what they need: split, frozen layers, schedule."""
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cli import RunError, UsageError, progress
-from distributed import LOCAL_RANK
-from files import save_json
-from folders import split_images, with_labels
-from metrics import Tally
+from shufflenet.common.files import save_json
+from shufflenet.common.messages import RunError, progress
+from shufflenet.inference.metrics import Tally
+from shufflenet.reading.folders import find_parts, require_classes, split_images, with_labels
 
 
 def read_split_data(
     root: str, val_rate: float = 0.2, seed: int = 0, class_indices: str | Path | None = None
 ) -> tuple[list[str], list[int], list[str], list[int]]:
-    """Training paths and class indices, validation paths and class indices, as `split_images`.
+    """Training paths and class indices, validation paths and class indices.
 
-    `class_indices` names a file that gets the class names. Beside weights that are saved with
-    `torch.save(model.state_dict(), ...)` it has to be called class_indices.json.
+    Of one folder per class `int(n * val_rate)` images a class are drawn for validation; `train/`
+    and `val/` are taken as they are. `class_indices` names a file that gets the class names; beside
+    weights that are saved with `torch.save(model.state_dict(), ...)` it has to be called
+    class_indices.json. UsageError for fewer than two classes, or one without images on a side.
     """
-    train, val = split_images(root, val_rate, seed)
+    train, val = split_images(find_parts(root), val_rate, seed)  # {class: paths} each
+    require_classes(train, val, root)
+    classes = list(train)  # in sorted order
     if class_indices:
-        save_json(dict(enumerate(train)), class_indices)
-    return *with_labels(train, list(train)), *with_labels(val, list(train))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, if it is there, else UsageError; "auto" is CUDA, MPS or the CPU."""
-    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if cuda and name in ("auto", "cuda"):
-        name = f"cuda:{LOCAL_RANK}"  # of several processes each has its own
-    elif name == "auto":
-        name = "mps" if mps else "cpu"
-    there = {"cpu", *["mps"] * mps, *["cuda"] * bool(cuda), *map("cuda:{}".format, range(cuda))}
-    if name not in there:
-        raise UsageError(f"--device {name}: use {' or '.join(sorted(there))}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # what asks for no device means this one
-    return device
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """NHWC, which convolutions prefer, but on Apple's GPU: wrong gradients (pytorch#175189)."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+        save_json(dict(enumerate(classes)), class_indices)
+    return *with_labels(train, classes), *with_labels(val, classes)
 
 
 def use_bfloat16(device: torch.device, amp: bool | None) -> bool:
@@ -91,21 +73,39 @@ def train_one_epoch(
     data_loader: Iterable,
     device: torch.device,
     epoch: int,
+) -> float:
+    """Train once over the data, as `train_epoch`; returns the mean loss, as in the tutorial."""
+    return train_epoch(model, optimizer, data_loader, device, epoch)["train_loss"]
+
+
+def evaluate(model: nn.Module, data_loader: Iterable, device: torch.device) -> float:
+    """Classify the data, as `validate`; returns the accuracy, 0 to 1, as in the tutorial."""
+    return validate(model, data_loader, device).figures()["accuracy"]
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data_loader: Iterable,
+    device: torch.device,
+    epoch: int,
     *,
+    criterion: Callable = nn.functional.cross_entropy,
     amp: bool = False,
     clip: float | None = None,
-    log: dict | None = None,
-) -> float:
-    """Train once over the data; returns the mean loss. What is frozen stays in eval mode.
+) -> dict[str, float]:
+    """Train once over the data. What is frozen stays in eval mode.
 
     Args:
+        model: a network, or a head on cached features.
         data_loader: (images (N, 3, H, W) normalised, or for a head features (N, channels);
             classes (N,)).
         epoch: counted from 0; decides the order where the loader has `set_epoch`.
+        criterion: mean loss of logits (N, classes) and classes (N,).
         amp: compute in bfloat16 where autocast does.
         clip: largest norm of the gradients of a step; longer ones are shortened to it.
-        log: gets "train_loss", "train_accuracy" (0 to 1) and "images_per_second".
 
+    Returns "train_loss" (the mean), "train_accuracy" (0 to 1) and "images_per_second".
     RunError if the loss is not finite, or no image can be read.
     """
     set_train_mode(model)
@@ -118,7 +118,7 @@ def train_one_epoch(
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             logits = model(images)  # (N, classes)
-            loss = nn.functional.cross_entropy(logits, labels)
+            loss = criterion(logits, labels)
         loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -132,27 +132,24 @@ def train_one_epoch(
     mean_loss = loss_sum.item() / images_seen
     if not math.isfinite(mean_loss):
         lr = optimizer.param_groups[0]["lr"]
-        raise RunError(f"use a smaller --lr (now {lr:.3g}): the loss is {mean_loss}")
-    if log is not None:
-        log |= {"train_loss": mean_loss, "train_accuracy": correct.item() / images_seen}
-        log["images_per_second"] = images_seen / max(time.perf_counter() - start, 1e-9)
-    return mean_loss
+        raise RunError(f"the loss is {mean_loss}: use a smaller --lr (now {lr:.3g})")
+    seconds = max(time.perf_counter() - start, 1e-9)
+    return {
+        "train_loss": mean_loss,
+        "train_accuracy": correct.item() / images_seen,
+        "images_per_second": images_seen / seconds,
+    }
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, data_loader: Iterable, device: torch.device, *, log: dict | None = None
-) -> float:
-    """Classify the data; returns the accuracy, 0 to 1. `log` gets "val_loss", "val_accuracy" and
-    "confusion", int64 (classes, classes) by [truth, prediction]. RunError if no image can be read.
-    """
+def validate(model: nn.Module, data_loader: Iterable, device: torch.device) -> Tally:
+    """Classify the data, (images or features, classes) as in `train_epoch`, in float32; returns
+    what was counted: its `figures()` are loss, accuracy and so on."""
     model.eval()
-    tally = None
+    tally = Tally(0)
     for images, labels in progress(data_loader, "validation"):
         logits = model(images.to(device)).float()  # (N, classes)
-        tally = tally or Tally(logits.shape[1])
+        if not tally.images:
+            tally = Tally(logits.shape[1])
         tally.add(logits.cpu().numpy(), labels.cpu().numpy())
-    tally = tally or Tally(0)
-    if log is not None:
-        tally.note(log)
-    return tally.figures()["accuracy"]
+    return tally

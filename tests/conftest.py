@@ -50,7 +50,7 @@ def _compiled_by_openvino():
 def elsewhere(tmp_path, monkeypatch):
     """Work in an empty folder, with an empty cache."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("features.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("shufflenet.training.features.CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

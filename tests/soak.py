@@ -26,8 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from sample_flowers import draw_sample_flowers  # noqa: E402
 
-import cli  # noqa: E402
 from model import build_model  # noqa: E402
+from shufflenet.common.messages import RunError, notice, say  # noqa: E402
+from shufflenet.common.options import Parser, Words, run_script  # noqa: E402
 
 WEIGHTS, SMALL = ["--weights", "weights.pth"], ["--train-size", 64]
 KINDS = {
@@ -43,8 +44,8 @@ EPOCHS = 5
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Kill training again and again; see that nothing is lost.")
+def build_parser() -> Parser:
+    parser = Parser(description="Kill training again and again; see that nothing is lost.")
     # fmt: off
     parser.add_argument("--kills", type=int, default=100, metavar="N", help="how many at least")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
@@ -54,7 +55,7 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def main(args: cli.Words = None) -> dict:
+def main(args: Words = None) -> dict:
     """Kill as the options say; returns what the last line prints."""
     args = build_parser().parse_args(args)
     rng, start = random.Random(args.seed), time.perf_counter()
@@ -74,9 +75,9 @@ def main(args: cli.Words = None) -> dict:
             train_under_fire(kind, killed, seconds[kind], rng, counts, args.kills)
             compare(whole, killed)
             counts["runs"] += 1
-            cli.notice(f"{counts['kills']} kills, {counts['runs']} runs, none differs")
+            notice(f"{counts['kills']} kills, {counts['runs']} runs, none differs")
     summary = counts | {"differences": 0, "seconds": round(time.perf_counter() - start)}
-    cli.say(json.dumps(summary))
+    say(json.dumps(summary))
     return summary
 
 
@@ -102,7 +103,7 @@ def begin(kind: str, folder: Path) -> subprocess.Popen:
     """Start a run, or go on with it."""
     code = folder.with_suffix(".code")  # its own, since .cache/ lies beside it
     if not code.exists():
-        code.mkdir()
+        shutil.copytree(ROOT / "shufflenet", code / "shufflenet")
         for script in ROOT.glob("*.py"):
             shutil.copy(script, code)
     words = [sys.executable, code / "train.py", "--output-dir", folder]
@@ -121,7 +122,7 @@ def finish(process: subprocess.Popen, folder: Path) -> bool:
     # While Python itself starts, SIGTERM and SIGINT end it in its own way.
     if code and code not in {128 + s for s in SIGNALS} | {-s for s in SIGNALS}:
         last = folder.with_suffix(".err").read_text(errors="replace").splitlines()[-1]
-        raise cli.RunError(f"{folder.name}: exit code {code}: {last}")
+        raise RunError(f"{folder.name}: exit code {code}: {last}")
     return code == 0
 
 
@@ -134,7 +135,7 @@ def compare(one: Path, two: Path) -> None:
             if name != "metrics.csv":
                 each["args"] = each["seconds"] = None
         if where := difference(a, b, name):
-            raise cli.RunError(f"{two.name} differs in {where}")
+            raise RunError(f"{two.name} differs in {where}")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -156,4 +157,4 @@ def difference(a: object, b: object, where: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -10,8 +10,8 @@ import benchmark
 import onnx
 import pytest
 
-import checkpoint
-from cli import RunError
+from shufflenet.common.messages import RunError
+from shufflenet.inference import checkpoint
 
 ROOT, X0_5 = benchmark.ROOT, ("--model", "shufflenet_v2_x0_5")
 
@@ -24,7 +24,8 @@ def networks(run_dir, onnx_file, monkeypatch):
         network.load_state_dict(checkpoint.load(run_dir / "best.pth")["model"])
     model = onnx.load(onnx_file)
     del model.metadata_props[:]
-    monkeypatch.setattr("export.to_onnx", lambda network, crop: model)
+    for place in ("benchmark.to_onnx", "export.to_onnx"):
+        monkeypatch.setattr(place, lambda network, crop: model)
     monkeypatch.setattr(benchmark, "same_networks", lambda name, classes: networks)
     monkeypatch.setattr(benchmark, "TURN", 1)
     return networks
@@ -42,7 +43,7 @@ def in_process(monkeypatch, capsys):
             importlib.import_module(Path(script).stem).main(words)
         return capsys.readouterr().out
 
-    monkeypatch.setattr(benchmark, "run_script", run)
+    monkeypatch.setattr(benchmark, "output_of", run)
 
 
 def test_inference_measures_every_network_and_draws_them(networks, tmp_path, capsys):
@@ -85,11 +86,11 @@ def test_train_says_what_differs(flowers, torchvision_file, in_process, elsewher
 def test_processes_get_the_environment_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "show.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as by the benchmark, for itself
-    environment = json.loads(benchmark.run_script(tmp_path / "show.py"))
+    environment = json.loads(benchmark.output_of(tmp_path / "show.py"))
     assert "PATH" in environment
     assert "OMP_WAIT_POLICY" not in environment
 
 
 def test_a_script_that_fails_is_an_error():
     with pytest.raises(RunError, match="export.py left with exit code 2"):
-        benchmark.run_script("export.py", "--weights", "nowhere")
+        benchmark.output_of("export.py", "--weights", "nowhere")

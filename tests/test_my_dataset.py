@@ -2,6 +2,8 @@
 
 import pickle
 import random
+from argparse import Namespace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,22 @@ from conftest import noise
 from PIL import Image
 from torchvision import transforms
 
-from cli import RunError
-from folders import BadImages
-from image import IMAGENET_MEAN, IMAGENET_STD, ImageError, default_preprocessing
-from my_dataset import DeviceLoader, MyDataSet, Normalize, random_box, train_transform
+from model import IMAGENET_MEAN, IMAGENET_STD, default_preprocessing
+from my_dataset import (
+    AugmentedDataSet,
+    DeviceLoader,
+    MyDataSet,
+    erase,
+    evaluation_set,
+    mirror,
+    random_box,
+    random_crop,
+    training_set,
+)
+from shufflenet.common.messages import RunError
+from shufflenet.inference.pytorch import Normalize
+from shufflenet.reading.folders import BadImages
+from shufflenet.reading.image import ImageError
 
 CPU = torch.device("cpu")
 PREPROCESSING = default_preprocessing("shufflenet_v2_x1_0")
@@ -32,8 +46,13 @@ def paths(tmp_path):
 
 def loader_of(paths, *, seed=0, threads=0, bad=None):
     """Batches of three in which the class is the index of the image."""
-    data = MyDataSet(paths, range(len(paths)), train_transform(SMALL["crop"]), seed)
-    return DeviceLoader(data, CPU, SMALL, 3, threads, bad or BadImages(len(paths)))
+    data = data_set(paths, SMALL["crop"], seed=seed)
+    return DeviceLoader(data, CPU, SMALL, 3, threads, bad or BadImages(len(paths)), seed)
+
+
+def data_set(paths, side, erased=0.0, seed=0):
+    options = Namespace(train_size=side, random_erase=erased, seed=seed)
+    return training_set(paths, range(len(paths)), options, SMALL, small_images=False)
 
 
 def epoch_of(loader, epoch):
@@ -89,7 +108,8 @@ def test_a_crop_is_resized_as_torchvision_resizes_it_and_mirrored_half_the_time(
     image.save(path := tmp_path / "a.png")
     for seed in range(100):
         box = random_box(*image.size, (0.08, 1), 4 / 3, random.Random(seed))
-        ours = train_transform(64)(path, random.Random(seed)).astype(int)
+        rng = random.Random(seed)
+        ours = mirror(random_crop(path, rng, 64), rng).astype(int)
         crop = image.crop(box).resize((64, 64), Image.Resampling.BILINEAR)
         straight = np.array(crop).astype(int)
         difference = [abs(ours - each)[1:-1, 1:-1].max() for each in (straight, straight[:, ::-1])]
@@ -98,11 +118,10 @@ def test_a_crop_is_resized_as_torchvision_resizes_it_and_mirrored_half_the_time(
     assert 35 < mirrored < 65
 
 
-def test_random_erase_hides_a_rectangle_in_its_share_of_images(tmp_path):
-    Image.new("RGB", (80, 80), "white").save(path := tmp_path / "white.png")
-    hidden = 0
+def test_random_erase_hides_a_rectangle_in_its_share_of_images():
+    white, hidden = np.full((64, 64, 3), 255, np.uint8), 0
     for seed in range(400):
-        pixels = train_transform(64, random_erase=0.25)(path, random.Random(seed))
+        pixels = erase(white, random.Random(seed), 0.25)
         rows, columns = (pixels[..., 0] != 255).nonzero()
         if len(rows):
             hidden += 1
@@ -110,6 +129,7 @@ def test_random_erase_hides_a_rectangle_in_its_share_of_images(tmp_path):
             assert (box == [124, 116, 104]).all()
             assert 0.01 < box[..., 0].size / 64**2 < 0.34
     assert 70 < hidden < 130  # 100, and 3.5 of their spread
+    assert (white == 255).all()
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -121,7 +141,7 @@ def test_threads_change_nothing(paths, threads):
 
 
 def test_an_epoch_repeats_and_another_epoch_or_seed_differs(paths):
-    twice = MyDataSet([paths[0]] * 2, [0, 0], train_transform(32), seed=0)
+    twice = data_set([paths[0]] * 2, 32)
     assert (twice[0][0] != twice[1][0]).any()
     loader = loader_of(paths)
     images, labels = epoch_of(loader, 3)
@@ -157,3 +177,38 @@ def test_images_that_cannot_be_read_are_missing_from_their_batch(paths, capsys, 
     assert capsys.readouterr().err.count("skipped: ") == 4
     with pytest.raises(RunError, match="2 of 7 images cannot be read"):
         list(loader_of(paths, threads=threads))
+
+
+def test_augmentations_are_called_in_their_order_with_one_generator(paths):
+    def note(pixels, rng):
+        return np.append(pixels, round(1000 * rng.random()))
+
+    data = AugmentedDataSet(paths, range(7), lambda path, rng: np.zeros(1), [note, note], seed=5)
+    data.epoch = 2
+    rng = random.Random("5 2 3")
+    pixels, label = data[3]
+    assert pixels.tolist() == [0, round(1000 * rng.random()), round(1000 * rng.random())]
+    assert label == 3
+
+
+@pytest.mark.parametrize("more", [[], OF_TORCHVISION])
+def test_a_compose_of_torchvision_takes_the_place_of_our_augmentations(paths, more):
+    """Whether it normalises the image or leaves that to the loader."""
+    steps = transforms.Compose([transforms.CenterCrop(32), *more])
+    loader = DeviceLoader(MyDataSet(paths, range(7), steps), CPU, SMALL, 3, 2, BadImages(7))
+    images, labels = epoch_of(loader, 0)
+    plain = transforms.Compose([transforms.CenterCrop(32), *OF_TORCHVISION])
+    expected = torch.stack([plain(Image.open(path)) for path in paths])
+    assert torch.equal(images, expected)
+    assert labels == [*range(7)]
+
+
+def test_of_several_processes_each_has_as_many_images_of_a_batch(paths):
+    about = (CPU, SMALL, 2, 0, BadImages(7))
+    data = evaluation_set(paths, range(7), SMALL)
+    whole, *parts = (
+        [labels.tolist() for _, labels in DeviceLoader(data, *about, seed=1, part=part)]
+        for part in ((0, 1), (0, 3), (1, 3), (2, 3))
+    )
+    assert [len(labels) for labels in parts] == [1, 1, 1]  # 6 images; the seventh is left out
+    assert [*chain(*whole)][:6] == [*chain(*(labels[0] for labels in parts))]

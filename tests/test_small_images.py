@@ -18,15 +18,15 @@ from PIL import Image
 from torchvision import models
 from torchvision.datasets import CIFAR10
 
-import cli
 import eval as evaluation
 import export
 import predict
 import train
-from cifar10 import download_cifar10
-from image import default_preprocessing, load_centre
-from model import build_model
-from my_dataset import small_transform
+from model import build_model, default_preprocessing
+from my_dataset import RandomShift, mirror
+from shufflenet.common.messages import RunError, UsageError
+from shufflenet.reading.download import download_cifar10
+from shufflenet.reading.image import load_centre
 
 CLASSES = ["airplane", "automobile", "bird"]
 
@@ -69,7 +69,8 @@ def server(tmp_path_factory, monkeypatch):
 
 
 def test_the_archive_becomes_class_folders_and_nothing_else_is_left(server, tmp_path, capsys):
-    target = download_cifar10(tmp_path / "data" / "cifar10")
+    (target := tmp_path / "data" / "cifar10").parent.mkdir()
+    download_cifar10(target)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar10"]
     found = sorted(path.relative_to(target).as_posix() for path in target.rglob("*.png"))
     expected = [f"train/{CLASSES[i % 12 % 3]}/{i:05d}.png" for i in range(60)]
@@ -78,8 +79,6 @@ def test_the_archive_becomes_class_folders_and_nothing_else_is_left(server, tmp_
     assert green.shape == (32, 32, 3)
     assert green.mean((0, 1)).argmax() == 1
     assert server.server_address[0] in capsys.readouterr().err
-    server.shutdown()
-    download_cifar10(target)  # which is left alone
 
 
 def test_without_the_archive_or_with_another_one_a_line_says_what_to_fetch(
@@ -88,7 +87,9 @@ def test_without_the_archive_or_with_another_one_a_line_says_what_to_fetch(
     monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
     place = tmp_path / "cifar-10-python.tar.gz"
     for _ in range(2):
-        with pytest.raises(cli.RunError, match=f"^fetch {CIFAR10.url} and put it at {place}, or"):
+        with pytest.raises(
+            RunError, match=f"^{CIFAR10.url} cannot .*: fetch it and put it at {place}, or"
+        ):
             download_cifar10(tmp_path / "cifar10")
         monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     assert not (tmp_path / "cifar10").exists()
@@ -119,7 +120,7 @@ def test_cifar10_is_trained_evaluated_predicted_and_exported_at_32_pixels(capsys
     train.main([*words, "--output-dir", "again"])  # its weights are of small images
     assert json.loads(Path("again/args.json").read_text())["small_images"] is True
     with pytest.raises(
-        cli.UsageError, match="^--train-size: omit it; small images, as of --weights"
+        UsageError, match="^--train-size: small images, as of --weights, are not resized; omit"
     ):
         train.main([*words, "--no-cache-features", "--train-size", 64])
 
@@ -130,8 +131,8 @@ def test_the_option_wins_over_the_size_and_weights_of_large_images_keep_it(
     image = flowers / "roses" / "roses_000.jpg"
     for words, small in ((["--small-images"], True), (["--weights", torchvision_file], False)):
         args = train.build_parser().parse_args([*words, "--model", "shufflenet_v2_x0_5"])
-        network = train.build_network(args, ["a", "b"], None, image)
-        assert args.small_images is small
+        assert train.choose_small_images(args, image) is small
+        network, _ = train.build_network(args, ["a", "b"], small, None)
         assert isinstance(network.maxpool, torch.nn.Identity) is small
 
 
@@ -162,9 +163,10 @@ def test_small_images_are_shifted_and_mirrored_and_read_once(tmp_path):
     Image.fromarray(pixels).save(path := tmp_path / "a.png")
     about = default_preprocessing("shufflenet_v2_x1_0", small_images=True)
     assert (load_centre(path, about) == pixels).all()
-    transform, shifts = small_transform(about), set()
+    read, shifts = RandomShift(about), set()
     for seed in range(2000):
-        drawn = transform(path, random.Random(seed))
+        rng = random.Random(seed)
+        drawn = mirror(read(path, rng), rng)
         path.unlink(missing_ok=True)
         assert drawn.shape == (32, 32, 3)
         middle, left, right = drawn[16, 16], drawn[16, 15], drawn[16, 17]

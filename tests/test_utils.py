@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from torchvision import transforms
 
 import predict
 import utils
-from cli import UsageError
-from folders import BadImages, split_images, with_labels
-from image import IMAGENET_MEAN, IMAGENET_STD, default_preprocessing
-from model import build_model, shufflenet_v2_x0_5
-from my_dataset import DeviceLoader, MyDataSet, train_transform
+from model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_model,
+    default_preprocessing,
+    shufflenet_v2_x0_5,
+)
+from my_dataset import DeviceLoader, MyDataSet, training_set
+from shufflenet.reading.folders import BadImages
 
 CPU = torch.device("cpu")
 V1, V2 = "shufflenet_v1_x0_25_g3", "shufflenet_v2_x0_5"
@@ -24,9 +29,10 @@ V1, V2 = "shufflenet_v1_x0_25_g3", "shufflenet_v2_x0_5"
 
 @pytest.fixture
 def loader(flowers):
-    train, _ = split_images(flowers, 0.25, 0)
-    dataset = MyDataSet(*with_labels(train, list(train)), train_transform(64), seed=0)
-    return DeviceLoader(dataset, CPU, default_preprocessing(V2), 8, 0, BadImages(30))
+    paths, labels, *_ = utils.read_split_data(flowers, 0.25)
+    options = Namespace(train_size=64, random_erase=0.0, seed=0)
+    dataset = training_set(paths, labels, options, default_preprocessing(V2), small_images=False)
+    return DeviceLoader(dataset, CPU, default_preprocessing(V2), 8, 0, BadImages(30), seed=0)
 
 
 @pytest.fixture
@@ -46,9 +52,11 @@ def changed(network, before):
 
 def test_an_epoch_is_the_plain_loop_written_out_and_evaluation_changes_nothing(network, loader):
     network.unused = nn.Linear(2, 2)  # as networks of others have: it stays as it is
-    plain, log = copy.deepcopy(network), {}
-    mean_loss = utils.train_one_epoch(network, sgd(network), loader, CPU, epoch=3, log=log)
-    utils.evaluate(network, loader, CPU)
+    plain, same = copy.deepcopy(network), copy.deepcopy(network)
+    figures = utils.train_epoch(network, sgd(network), loader, CPU, epoch=3)
+    assert utils.train_one_epoch(same, sgd(same), loader, CPU, 3) == figures["train_loss"]
+    accuracy = utils.validate(network, loader, CPU).figures()["accuracy"]
+    assert utils.evaluate(network, loader, CPU) == accuracy
 
     optimizer, losses, correct = sgd(plain), 0.0, 0
     plain.train()
@@ -62,9 +70,9 @@ def test_an_epoch_is_the_plain_loop_written_out_and_evaluation_changes_nothing(n
         losses += loss.item() * len(labels)
         correct += (logits.argmax(1) == labels).sum().item()
     assert not changed(network, plain.state_dict())
-    assert mean_loss == log["train_loss"] == pytest.approx(losses / 30, rel=1e-6)
-    assert log["train_accuracy"] == pytest.approx(correct / 30)
-    assert log["images_per_second"] > 0
+    assert figures["train_loss"] == pytest.approx(losses / 30, rel=1e-6)
+    assert figures["train_accuracy"] == pytest.approx(correct / 30)
+    assert figures["images_per_second"] > 0
 
 
 def test_the_loop_of_the_tutorial_works_up_to_the_prediction(flowers, tmp_path, capsys):
@@ -107,7 +115,8 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_all_else_does(name, frozen, l
 def test_amp_trains_in_bfloat16_on_the_cpu(network, loader):
     seen = set()
     network.conv5.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
-    assert math.isfinite(utils.train_one_epoch(network, sgd(network), loader, CPU, 0, amp=True))
+    figures = utils.train_epoch(network, sgd(network), loader, CPU, 0, amp=True)
+    assert math.isfinite(figures["train_loss"])
     assert seen == {torch.bfloat16}
     chosen = [utils.use_bfloat16(CPU, amp) for amp in (None, False, True)]
     assert chosen == [False, False, True]
@@ -120,15 +129,3 @@ def test_the_learning_rate_is_a_half_cosine():
         assert utils.cosine_lr(0.5, 0.1, epoch, 10) == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-
-
-def test_choose_device_takes_what_is_there_and_names_what_is_not():
-    count, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    assert utils.choose_device("cpu") == CPU
-    assert utils.choose_device("auto").type == ("cuda" if count else "mps" if mps else "cpu")
-    for name in (f"cuda:{count}", "tpu", *["mps"] * (not mps)):
-        with pytest.raises(UsageError, match=f"--device {name}: use .*cpu"):
-            utils.choose_device(name)
-    if count:  # what asks for no device means the one that was named
-        utils.choose_device(f"cuda:{count - 1}")
-        assert torch.cuda.current_device() == count - 1

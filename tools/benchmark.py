@@ -37,11 +37,12 @@ import torch
 import torchvision
 from matplotlib.figure import Figure
 
-import cli
-import export
 from model import build_model
-from optimize import rewrite_for_inference
-from quantize import quantize
+from shufflenet.common.messages import RunError, notice, say
+from shufflenet.common.options import Parser, Words, cores, number, run_script
+from shufflenet.inference.onnx_file import to_onnx
+from shufflenet.inference.quantize import quantize
+from shufflenet.inference.rewrite import rewrite_for_inference
 
 MODELS = [f"shufflenet_v2_{width}" for width in ("x0_5", "x1_0", "x1_5", "x2_0")]
 EXTENSIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "amx_tile": "AMX"}
@@ -60,10 +61,10 @@ OURS = {
 }
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Measure this repository against the plain way.")
+def build_parser() -> Parser:
+    parser = Parser(description="Measure this repository against the plain way.")
     kinds = parser.add_subparsers(dest="what", required=True)
-    count, place = {"type": cli.number(int, 1), "metavar": "N"}, {"type": os.path.abspath}
+    count, place = {"type": number(int, 1), "metavar": "N"}, {"type": os.path.abspath}
     for what in MEASURES:
         add = kinds.add_parser(what).add_argument
         add("--model", choices=MODELS, default=MODELS[1], help="network")
@@ -79,18 +80,18 @@ def build_parser() -> cli.Parser:
             add("--layers", nargs="+", choices=OURS, default=list(OURS), help="what is trained")
             add("--epochs", default=30, help="of every run", **count)
             add("--seeds", default=3, help="turns of every candidate, from seed 0 on", **count)
-            add("--workers", type=int, default=cli.cores() - 1, help="that read images")
+            add("--workers", type=int, default=cores() - 1, help="that read images")
     return parser
 
 
-def main(args: cli.Words = None) -> dict:
+def main(args: Words = None) -> dict:
     """Measure as the options say; returns {candidate: {column: [figure of every turn]}}."""
     args = build_parser().parse_args(args)
     options = [f"{name} {value}" for name, value in vars(args).items() if name != "words"]
     head, rows = ", ".join([describe_machine(), *options]), {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         for name, figures in MEASURES[args.what](args):
-            cli.notice(f"{name}: {figures}")  # a benchmark that is stopped has shown something
+            notice(f"{name}: {figures}")  # a benchmark that is stopped has shown something
             for column, figure in figures.items():
                 rows.setdefault(name, {}).setdefault(column, []).append(figure)
     columns = list(next(iter(rows.values())))
@@ -98,7 +99,7 @@ def main(args: cli.Words = None) -> dict:
     for name, row in rows.items():
         cells = [f"{median(x):.4g} ({min(x):.4g} to {max(x):.4g})" for x in row.values()]
         table.append([name, *cells])
-    cli.say(head, "", *(f"| {' | '.join(line)} |" for line in table), sep="\n")
+    say(head, "", *(f"| {' | '.join(line)} |" for line in table), sep="\n")
     if args.what == "inference" and args.plot:
         draw_bars(rows, f"img/s, batch {max(args.batch_sizes)}", args.model, args.plot)
     return rows
@@ -112,7 +113,7 @@ def describe_machine() -> str:
     packages = ("torch", "torchvision", "onnxruntime", "openvino")
     versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
     commit = subprocess.getoutput(f'git -C "{ROOT}" describe --always --dirty')
-    facts = [processor[0], *extensions, f"{cli.cores()} cores", *versions, f"commit {commit}"]
+    facts = [processor[0], *extensions, f"{cores()} cores", *versions, f"commit {commit}"]
     return ", ".join(facts)
 
 
@@ -122,7 +123,7 @@ def measure_inference(args: Namespace) -> Iterator[tuple[str, dict]]:
     networks = {}
     for name, network in (("torchvision", theirs), ("ours", rewrite_for_inference(ours))):
         networks[f"{name}, PyTorch"] = in_pytorch(network)
-        onnx = export.to_onnx(network, 224).SerializeToString()
+        onnx = to_onnx(network, 224).SerializeToString()
         networks |= in_runtimes(name, onnx)
     small = quantize(onnx, torch.randn(8, 1, 3, 224, 224).numpy())
     networks |= in_runtimes("ours, int8", small)
@@ -174,10 +175,10 @@ def measure_scripts(args: Namespace) -> Iterator[tuple[str, dict]]:
     shutil.copytree(args.folder, "images")  # to be in memory for all alike
     torch.save(same_networks(args.model, 5)[0].state_dict(), "model.pth")
     Path("class_indices.json").write_text(json.dumps(dict(enumerate("01234"))))
-    run_script("export.py", "--weights", "model.pth", "--output", "model.onnx")
+    output_of("export.py", "--weights", "model.pth", "--output", "model.onnx")
     predict = "predict.py images --json --weights"
     commands = {
-        "baseline.py": f"tools/baseline.py classify images model.pth {args.model} {cli.cores()}",
+        "baseline.py": f"tools/baseline.py classify images model.pth {args.model} {cores()}",
         "predict.py, .pth": f"{predict} model.pth --device cpu",
         "predict.py, .onnx by ONNX Runtime": f"{predict} model.onnx",
         "predict.py, .onnx by OpenVINO": f"{predict} model.onnx --runtime openvino",
@@ -218,18 +219,18 @@ def take_turn(commands: dict[str, str]) -> Iterator[tuple[str, str, dict]]:
     base = None
     for name, command in commands.items():
         start = time.perf_counter()
-        output = run_script(*command.split())
+        output = output_of(*command.split())
         seconds = time.perf_counter() - start
         base = base or seconds
         yield name, output, {"seconds": seconds, "times faster": base / seconds}
 
 
-def run_script(script: str, *words: str) -> str:
+def output_of(script: str, *words: str) -> str:
     """Run a script of this repository as the user would; returns stdout. RunError if it fails."""
     command = [sys.executable, ROOT / script, *words]
     done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise cli.RunError(f"{script} left with exit code {done.returncode}, see above")
+        raise RunError(f"{script} left with exit code {done.returncode}, see above")
     return done.stdout
 
 
@@ -248,4 +249,4 @@ def draw_bars(rows: dict, column: str, model_name: str, path: str) -> None:
 MEASURES = {"inference": measure_inference, "scripts": measure_scripts, "train": measure_training}
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

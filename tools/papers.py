@@ -21,38 +21,39 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_weights, list_models
 
-import cli
 from model import VARIANTS, InvertedResidual
-from plots import BLUE, ORANGE, save_figure
-from utils import choose_device
+from shufflenet.common.messages import progress, say
+from shufflenet.common.options import DEVICE, PLOTS, Parser, Words, check_file, run_script
+from shufflenet.inference.plots import BLUE, ORANGE, save_figure
+from shufflenet.inference.pytorch import choose_device
 
 conv = partial(nn.Conv2d, kernel_size=1)  # with a bias, as if batch norm were folded into it
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(description="Measure what the papers claim.")
+def build_parser() -> Parser:
+    parser = Parser(description="Measure what the papers claim.")
     kinds = parser.add_subparsers(dest="what", required=True)
     kinds.add_parser("complexity", description="Count every variant.")
     add = kinds.add_parser("guidelines", description="Time the experiments behind v2.").add_argument
     add("--quick", action="store_true", help="3 rounds instead of 15")
     add("--plot", metavar="FILE", help="draw the relative speeds as bars")
-    add("--device", **cli.DEVICE)
+    add("--device", **DEVICE)
     return parser
 
 
-def main(args: cli.Words = None) -> dict:
+def main(args: Words = None) -> dict:
     """Print tables; returns what `complexity` or `compare` does."""
     args = build_parser().parse_args(args)
     if args.what == "complexity":
         return complexity()
     if args.plot:
-        cli.check_file("--plot", args.plot, cli.PLOTS)
+        check_file("--plot", args.plot, PLOTS)
     device = choose_device(args.device)
     from benchmark import describe_machine  # imports all of requirements-deploy.txt
 
     machine = torch.cuda.get_device_name(device) + ", " if device.type == "cuda" else ""
     machine += describe_machine()
-    cli.say(machine)
+    say(machine)
     results = compare(measure(device, 3 if args.quick else 15), device.type != "cpu")
     if args.plot:
         save_figure(draw(results, machine.partition(",")[0]), args.plot)
@@ -63,7 +64,7 @@ def say_table(rows: list[dict]) -> None:
     """Print rows, whose keys are the head, as a Markdown table."""
     lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     shown = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in line] for line in lines]
-    cli.say("", *(f"| {' | '.join(line)} |" for line in shown), sep="\n")
+    say("", *(f"| {' | '.join(line)} |" for line in shown), sep="\n")
 
 
 # -- What the networks cost ------------------------------------------------------------------------
@@ -146,8 +147,8 @@ def complexity() -> dict[str, dict]:
             cost = costs.get(stage)  # v1 has no conv5
             rows[name][stage] = "{:.2f}; {:.2f}; {}".format(*cost) if cost else ""
     say_table(list(rows.values()))
-    cli.say(NOTES)
-    cli.say(f"1x1 convolutions in a ResNeXt unit: {resnext_share():.2%} (v1, section 3.1: 93.4 %)")
+    say(NOTES)
+    say(f"1x1 convolutions in a ResNeXt unit: {resnext_share():.2%} (v1, section 3.1: 93.4 %)")
     return rows
 
 
@@ -257,7 +258,7 @@ def measure(device: torch.device, rounds: int, scales=(1, 2, 4), seconds=0.1) ->
                 names = {"network": network, "x": torch.randn(batch, channels[0], 56, 56)}
                 network(names["x"])  # lets cuDNN choose
                 timers[table, scale, row] = Timer("network(x)", globals=names, num_threads=1)
-        for table, scale, row in cli.progress([*timers] * rounds, "guidelines"):
+        for table, scale, row in progress([*timers] * rounds, "guidelines"):
             # Warms up, and waits for the GPU.
             run = timers[table, scale, row].blocked_autorange(min_run_time=seconds)
             speeds[table, row].append(batch / run.median)
@@ -296,7 +297,7 @@ def compare(speeds: dict, gpu: bool) -> dict[str, dict[str, dict]]:
         # A few per cent are no answer: multiply-adds differ by as much, since channels are whole.
         slower = [row for row, line in lines.items() if line["here"] < 0.95]
         holds = "holds" if len(slower) == len(rows) - 1 else "holds in part" if slower else "fails"
-        cli.say(f"\n{table}: {holds} here; slower than the first: {', '.join(slower) or 'none'}.")
+        say(f"\n{table}: {holds} here; slower than the first: {', '.join(slower) or 'none'}.")
     return results
 
 
@@ -320,4 +321,4 @@ def draw(results: dict[str, dict[str, dict]], machine: str) -> Figure:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -1,0 +1,73 @@
+"""Files that are there whole or not at all, and folders that one run has to itself."""
+
+import csv
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from shufflenet.common.messages import UsageError, notice
+
+# Names of images and classes come from the file system, where they may be any bytes.
+UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that takes the place of `path` in one step when the block ends well and all of it
+    is on the disk; until then, and if it fails, `path` stays as it was."""
+    path = Path(path).resolve()  # a link stays a link
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else UTF8)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say where
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a folder to oneself while the process lives; UsageError if another has it."""
+    with open(folder / ".lock", "a+b") as file:
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                todo = "wait for it, or name another --output-dir"
+                raise UsageError(f"a run writes to {folder}: {todo}") from None
+            notice(f"{folder} cannot be locked ({error.strerror}): start no second run there")
+        for left in folder.glob(".*.tmp"):  # by a run that was killed in a write
+            left.unlink(missing_ok=True)
+        yield
+
+
+def save_json(value: object, path: str | Path) -> None:
+    """Write indented JSON."""
+    with replacing(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def save_rows(rows: list[dict], path: str | Path) -> None:
+    """Write CSV with a header, a line per dict; no rows, an empty file."""
+    with replacing(path, "w") as file:
+        writer = csv.writer(file)
+        if rows:
+            writer.writerow(rows[0])
+            writer.writerows(row.values() for row in rows)

@@ -1,0 +1,1 @@
+"""From a weight file to answers, figures, drawings and exported files."""

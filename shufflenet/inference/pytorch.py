@@ -1,0 +1,77 @@
+"""Where a network computes in PyTorch, and how images lie there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shufflenet.common.messages import UsageError
+
+
+def choose_device(name: str, index: int = 0) -> torch.device:
+    """The device called `name`, if it is there, else UsageError; "auto" is CUDA, MPS or the CPU,
+    and "cuda" the GPU of that index."""
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if cuda and name in ("auto", "cuda"):
+        name = f"cuda:{index}"
+    elif name == "auto":
+        name = "mps" if mps else "cpu"
+    present = ["cpu", *(f"cuda:{number}" for number in range(cuda))]
+    if mps:
+        present.append("mps")
+    if name not in present:
+        raise UsageError(f"--device {name} is not there: use {' or '.join(present)}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what asks for no device means this one
+    return device
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """NHWC, which convolutions prefer, but on Apple's GPU: wrong gradients (pytorch#175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many of torch's threads, and give the caller theirs back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Normalize(nn.Module):
+    """uint8 (N, 3, H, W) to the network's float32: scaled to 0..1, minus mean, over std."""
+
+    def __init__(self, preprocessing: dict) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(preprocessing[name]).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.float().contiguous(memory_format=memory_format(images.device))
+        return images.div_(255).sub_(self.mean).div_(self.std)
+
+
+def torch_runtime(network: Callable, device: torch.device, preprocessing: dict) -> Callable:
+    """A runtime, uint8 (N, H, W, 3) to float32 (N, outputs), of a function of normalised images
+    (N, 3, H, W). Each thread that calls it computes on one core."""
+    normalize = Normalize(preprocessing).to(device)
+    one_at_a_time = Lock()  # on a GPU; MPS aborts otherwise (pytorch#197805)
+
+    @torch.inference_mode()
+    def runtime(images: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N,H,W,3) -> (N,3,H,W)
+        if device.type == "cpu":
+            with torch_threads(1):
+                return network(normalize(x)).numpy()
+        with one_at_a_time:
+            return network(normalize(x.to(device))).cpu().numpy()
+
+    return runtime

@@ -1,0 +1,259 @@
+"""Exact rewrites of a network that make it faster.
+
+`rewrite_for_inference` changes how a trained network computes, not what:
+1. Every batch norm is folded into the convolution before it.
+2. In v2 no channel is shuffled, split off or passed along any more: see `DealtStage`.
+3. Weights and activations lie in memory as NHWC (channels_last), which convolutions prefer, and on
+   a CPU a large batch is computed in parts.
+
+In v1 the shuffle stays: its 1x1 convolutions are grouped, so a channel cannot be made beside others
+that are read with it without leaving its group.
+
+`rewrite_for_training` folds batch norms that are frozen, while the convolutions learn.
+
+Rewritten are the units and the skeleton of model.py. A network, unit or layer of another kind
+passes through as it is: correct, merely not faster.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from model import InvertedResidual, ShuffleNetV1, ShuffleNetV2, ShuffleUnit
+from shufflenet.inference.pytorch import memory_format
+
+KNOWN = (InvertedResidual, ShuffleNetV1, ShuffleNetV2, ShuffleUnit)  # but nothing derived of them
+CPU_BATCH = 16  # images; the fastest of 1, 2, 4 ... 64 for x0.5, x1.0 and v1
+
+
+def rewrite_for_training(model: nn.Module) -> nn.Module:
+    """A network with the parameters of `model`, to be trained in its place where batch norm is
+    frozen: the same function and gradients, without a pass of batch norm over the activations."""
+    if not _is_exact(_fold_for_training, model):
+        return model
+    return _fold_for_training(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+
+
+def rewrite_for_inference(model: nn.Module) -> "Rewritten":
+    """A network that computes what `model` computes in eval mode, faster, on the same device and in
+    the same precision; `model` is left as it is."""
+    parameter = next(model.parameters())
+    network = copy.deepcopy(model).requires_grad_(False).eval()
+    if _is_exact(_fold_and_deal, network):
+        # In float64, to be rounded once; on the CPU, since Apple's GPU has none.
+        network = _fold_and_deal(network.cpu().double()).to(parameter.dtype)
+    device = parameter.device
+    return Rewritten(network).to(device, memory_format=memory_format(device))
+
+
+def _fold_for_training(network: nn.Module) -> nn.Module:
+    return _fold_batch_norms(network, FoldedConv)
+
+
+def _fold_and_deal(network: nn.Module) -> nn.Module:
+    return _deal_channels(_fold_batch_norms(network, fuse_conv_bn_eval))
+
+
+_tried: dict[tuple, bool] = {}  # rewrites and structures; a trial takes a tenth of a second
+
+
+def _is_exact(rewrite: Callable[[nn.Module], nn.Module], model: nn.Module) -> bool:
+    """Whether a rewrite leaves a network the same function. Tried in float64 on random weights,
+    since model.py is there to be edited: a unit may no longer do what is known of it here."""
+    if not any(type(module) in KNOWN for module in model.modules()):
+        return False
+    forwards = [(type(module).forward, module.extra_repr()) for module in model.modules()]
+    if (key := (rewrite, *forwards)) not in _tried:
+        _tried[key] = _try(rewrite, copy.deepcopy(model).cpu().double().eval())
+    return _tried[key]
+
+
+@torch.no_grad()
+def _try(rewrite: Callable[[nn.Module], nn.Module], network: nn.Module) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    for value in [*network.parameters(), *network.buffers()]:
+        if value.dim() > 1:
+            value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5, generator=generator)
+    expected = network(x)
+    try:
+        found = rewrite(network)(x)
+    except Exception:  # it does not even fit
+        return False
+    return bool((found - expected).abs().max() <= 1e-9 * expected.abs().max())
+
+
+def _fold_batch_norms(network: nn.Module, fold: Callable) -> nn.Module:
+    """Put fold(convolution, batch norm) in the place of every such pair of known modules."""
+    for module in list(network.modules()):
+        if type(module) is ShuffleUnit:
+            for conv, bn in (("pw1", "bn1"), ("dw", "bn2"), ("pw2", "bn3")):
+                if _can_be_folded(getattr(module, conv), getattr(module, bn)):
+                    setattr(module, conv, fold(getattr(module, conv), getattr(module, bn)))
+                    setattr(module, bn, nn.Identity())
+        elif type(module) in KNOWN:
+            for layers in module.children():
+                if type(layers) is nn.Sequential:
+                    for place in reversed(range(1, len(layers))):
+                        if _can_be_folded(layers[place - 1], layers[place]):
+                            layers[place - 1] = fold(layers[place - 1], layers[place])
+                            del layers[place]
+    return network
+
+
+def _can_be_folded(conv: nn.Module, bn: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and type(bn) is nn.BatchNorm2d
+        and conv.padding_mode == "zeros"
+        and bn.affine
+        and bn.track_running_stats
+        and not bn.weight.requires_grad
+    )
+
+
+class FoldedConv(nn.Module):
+    """A convolution and the frozen batch norm after it as one convolution, whose weights are scaled
+    anew each time, so that gradients reach those of `conv`."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv = conv
+        scale = bn.weight.detach() * torch.rsqrt(bn.running_var + bn.eps)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", bn.bias.detach() - bn.running_mean * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, shift = self.conv, self.shift
+        if conv.bias is not None:
+            shift = shift + conv.bias * self.scale
+        weight = conv.weight * self.scale.view(-1, 1, 1, 1)
+        return nn.functional.conv2d(
+            x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+
+
+class Rewritten(nn.Module):
+    """What `rewrite_for_inference` returns; it is called as the network that it was made from."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to what `fc` sees, (N, channels)."""
+        return _in_parts(self.network.forward_features, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
+        return _in_parts(self.network, x)
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """On a CPU a few images at a time, whose activations stay in its caches."""
+    x = x.to(memory_format=memory_format(x.device))
+    if x.device.type != "cpu":
+        return function(x)
+    return torch.cat([function(part) for part in x.split(CPU_BATCH)])
+
+
+def _deal_channels(network: nn.Module) -> nn.Module:
+    """Rewrite the stages of v2 whose units are folded."""
+    if type(network) is ShuffleNetV2:
+        stages = nn.Sequential(network.stage2, network.stage3, network.stage4)
+        others = [type(unit) for stage in stages for unit in stage if type(unit) not in KNOWN]
+        if not others and not any(isinstance(m, nn.BatchNorm2d) for m in stages.modules()):
+            network.stage2 = DealtStage(network.stage2)
+            network.stage3 = DealtStage(network.stage3, network.stage2.order)
+            network.stage4 = DealtStage(network.stage4, network.stage3.order)
+            _permute(network.conv5[0], columns=network.stage4.order)
+    return network
+
+
+class DealtStage(nn.Module):
+    """A stage of v2 without shuffle, split and concatenation of what only passes through.
+
+    Shuffle and split decide which unit reads a channel, and nothing else: a channel is made by one
+    unit, handed on untouched, and read by one later unit or by what follows the stage. So every
+    unit deals its channels straight to their readers. Take 8 channels and 3 units; `a` and `b` are
+    made by the branches of the first unit, `c` and `d` by the others, `|` is the split:
+
+                    shuffled                         dealt
+        unit 1 makes   a0 a1 a2 a3   b0 b1 b2 b3     a2 a3, a1, a0   b2 b3, b1, b0
+               gives   a0 b0 a1 b1 | a2 b2 a3 b3
+        unit 2 reads                 a2 b2 a3 b3     a2 a3 b2 b3
+               makes                 c0 c1 c2 c3     c2 c3, c0 c1
+               gives   a0 c0 b0 c1 | a1 c2 b1 c3
+        unit 3 reads                 a1 c2 b1 c3     a1 b1 c2 c3
+               makes                 d0 d1 d2 d3     d0 d1 d2 d3
+               gives   a0 d0 c0 d1   b0 d2 c1 d3     a0 b0 c0 c1 d0 d1 d2 d3
+
+    A comma separates what goes to different readers. That the channels of one reader are made
+    side by side is a matter of ordering the rows of a unit's last 1x1 convolution; that they are
+    read in the order in which they arrive, one of ordering the columns of the first convolution of
+    the reader. What follows the stage finds its channels in the order of `self.order`. `units` have
+    their batch norms folded, and their weights are permuted; `order` is that of the stage before.
+    """
+
+    def __init__(self, units: nn.Sequential, order: Tensor | None = None) -> None:
+        super().__init__()
+        first, *others = units
+        if order is not None:
+            depthwise, pointwise, _ = first.branch1
+            _permute(depthwise, rows=order)
+            _permute(pointwise, columns=order)
+            _permute(first.branch2[0], columns=order)
+
+        # makers: both branches of the first unit, then the others; readers: the others, then the
+        # end of the stage. A channel is numbered by maker * width + place among what that makes.
+        self.makers = nn.ModuleList([first.branch1, first.branch2, *(u.branch2 for u in others)])
+        width = first.branch2[-2].out_channels
+        made = torch.arange(width * len(self.makers)).split(width)  # per maker (width,)
+        line = _deal(made[0], made[1])  # (2*width,): what the first unit gives, after its shuffle
+        reads = []
+        for new in made[2:]:
+            kept, read = line.chunk(2)
+            reads.append(read)
+            line = _deal(kept, new)
+        reads.append(line)
+
+        for branch, read in zip(self.makers[2:], reads[:-1], strict=True):
+            _permute(branch[0], columns=read.argsort())
+        self.order = reads[-1].argsort()
+        self.parts = []  # per maker [(reader, number of channels), ...] in the order it makes them
+        for number, branch in enumerate(self.makers):
+            rows = [read.sort().values for read in reads]
+            rows = [row[row // width == number] % width for row in rows]
+            _permute(branch[-2], rows=torch.cat(rows))
+            self.parts.append([(reader, len(row)) for reader, row in enumerate(rows) if len(row)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        inboxes = [[] for _ in range(len(self.makers) - 1)]  # one per reader
+        for number, (branch, parts) in enumerate(zip(self.makers, self.parts, strict=True)):
+            y = branch(x if number < 2 else torch.cat(inboxes[number - 2], dim=1))  # (N,C/2,H,W)
+            counts = [channels for _, channels in parts]
+            pieces = y.split(counts, dim=1) if len(counts) > 1 else [y]
+            for (reader, _), piece in zip(parts, pieces, strict=True):
+                inboxes[reader].append(piece)
+        return torch.cat(inboxes[-1], dim=1)  # (N,C,H,W)
+
+
+def _deal(left: Tensor, right: Tensor) -> Tensor:
+    """Left and right in turn: what `channel_shuffle` with 2 groups makes of their channels."""
+    return torch.stack((left, right), dim=1).flatten()
+
+
+def _permute(conv: nn.Conv2d, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Reorder what a convolution makes (rows) or reads (columns). The rows of a depthwise
+    convolution are what it reads, too."""
+    with torch.no_grad():
+        if rows is not None:
+            conv.weight.copy_(conv.weight[rows])
+            conv.bias.copy_(conv.bias[rows])
+        if columns is not None:
+            conv.weight.copy_(conv.weight[:, columns])

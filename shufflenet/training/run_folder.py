@@ -1,0 +1,207 @@
+"""The folder of one training run: its checkpoints, tables, TensorBoard events and drawings.
+
+`last.pth` holds beside what `best.pth` holds (checkpoint.py) what a run needs to be resumed:
+
+    history     a row of figures per epoch; epoch 0 is `fc` alone, trained first
+    seconds     what each of these epochs took
+    best        accuracy, loss, epoch and confusion matrix of the best epoch; or None
+    learning    state of the optimizer, and of the head on cached features; or None
+"""
+
+import argparse
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from shufflenet.common.files import replacing, save_json, save_rows
+from shufflenet.common.messages import UsageError, notice, printable
+from shufflenet.common.options import Parser
+from shufflenet.inference import checkpoint, plots
+from shufflenet.inference.metadata import Metadata
+from shufflenet.inference.metrics import confusions
+from shufflenet.reading.image import ImageError
+from shufflenet.training.features import Head
+
+# Options that say where and how fast a run goes, not what it computes.
+FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs", "patience"}
+DRAWN_ANEW = 10  # seconds of an epoch beside which drawing takes no time
+
+
+def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
+    """Read last.pth; returns its state, and the options of the run with those typed now. RunError
+    if it is damaged, UsageError if it is another file, or an option would change the result."""
+    state = checkpoint.load(last)
+    if not state.keys() >= {"args", "history", "seconds", "best", "learning"}:
+        raise UsageError(f"--resume {last} is not the last.pth of a run; name one")
+    began = {name: value for name, value in state["args"].items() if name in vars(options)}
+    parser.set_defaults(**began)
+    options = parser.parse_args(options.words)
+    options.output_dir = str(last.parent)
+    for name in sorted(began.keys() - FREE):
+        if getattr(options, name) != began[name]:
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise UsageError(f"{last} began with {began[name]}: omit {flag}, or start a new run")
+    if options.epochs != began["epochs"]:
+        notice(f"--epochs {options.epochs}, was {began['epochs']}: the rates ahead change, too")
+    done = state["history"][-1]["epoch"] if state["history"] else 0
+    best = state["best"] or {"accuracy": 0.0, "epoch": 0}
+    record = f"best accuracy {best['accuracy']:.4f} in epoch {best['epoch']}"
+    notice(f"resuming {last.parent}: {done} of {options.epochs} epochs are done, {record}")
+    return state, options
+
+
+class RunFolder:
+    """What a training run leaves in its folder, which the caller has locked.
+
+    `model` is what is saved; `state` is that of last.pth, to go on, or None to begin. Of several
+    processes one `writes`; the others keep the same history.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        metadata: Metadata,
+        state: dict | None = None,
+        writes: bool = True,
+    ) -> None:
+        self.folder, self.model, self.metadata = folder, model, metadata
+        self.history: list[dict] = state["history"] if state else []
+        self.seconds: list[float] = state["seconds"] if state else []
+        self.best: dict | None = state["best"] if state else None
+        self._learning: dict | None = state["learning"] if state else None
+        self._writer = SummaryWriter(folder, purge_step=self.epoch + 1) if writes else None
+        if writes:
+            save_json(metadata.args, folder / "args.json")
+            save_json(dict(enumerate(metadata.classes)), folder / "class_indices.json")
+            self._save_metrics()  # a kill may have come before it
+        if writes and not state:
+            self._save_last()  # so that there always is something to resume
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return self.history[-1]["epoch"] if self.history else 0
+
+    @property
+    def stalled(self) -> bool:
+        """Whether `--patience` epochs have brought nothing better."""
+        patience = self.metadata.args.get("patience")
+        return bool(patience and self.best and self.epoch - self.best["epoch"] >= patience)
+
+    def restore(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Load what the last epoch left of the optimizer, and of a head on cached features; the
+        network itself is restored when it is built."""
+        if self._learning:
+            optimizer.load_state_dict(self._learning["optimizer"])
+            if isinstance(learner, Head):
+                learner.load_state_dict(self._learning["head"])
+
+    def record(
+        self,
+        figures: dict[str, float],
+        confusion: np.ndarray,
+        learner: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> bool:
+        """Keep what an epoch brought: its figures, among them "epoch", "seconds" and
+        "images_per_second", and the state of what learns. Returns whether it is the best so far."""
+        row = dict(figures)
+        speed = row.pop("images_per_second")
+        self.seconds.append(row.pop("seconds"))  # apart, since no two runs have the same
+        self.history.append(row)
+        self._learning = {"optimizer": optimizer.state_dict()} if optimizer else None
+        if isinstance(learner, Head):
+            self._learning["head"] = learner.state_dict()
+        accuracy, loss = row["val_accuracy"], row["val_loss"]
+        better = not self.best or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"])
+        if better:
+            self.best = {"accuracy": accuracy, "loss": loss, "epoch": row["epoch"]}
+            self.best["confusion"] = torch.from_numpy(confusion)
+        if self._writer:
+            if better:  # before last.pth: killed between the two, the epoch is done again
+                checkpoint.save(self._usable(), self.folder / "best.pth")
+            self._save_last()
+            self._save_metrics()
+            self._log(row, speed)
+            if self.seconds[-1] > DRAWN_ANEW:
+                self._draw()
+        return better
+
+    def _usable(self) -> dict:
+        state = self.model.state_dict()
+        weights = {name: value.cpu().contiguous() for name, value in state.items()}
+        metrics = dict(self.history[-1]) if self.history else {}
+        epoch = {"epoch": self.epoch, "metrics": metrics}
+        return {"model": weights} | asdict(self.metadata) | epoch
+
+    def _save_last(self) -> None:
+        state = {"history": self.history, "seconds": self.seconds, "best": self.best}
+        state["learning"] = self._learning
+        checkpoint.save(self._usable() | state, self.folder / "last.pth")
+
+    def _save_metrics(self) -> None:
+        pairs = zip(self.history, self.seconds, strict=True)
+        rows = [row | {"seconds": round(seconds, 2)} for row, seconds in pairs]
+        save_rows(rows, self.folder / "metrics.csv")
+
+    def _log(self, row: dict, images_per_second: float) -> None:
+        """Add an epoch to TensorBoard's events: train_loss as loss/train, and so on."""
+        for name, value in row.items():
+            side, _, figure = name.partition("_")
+            if side in ("train", "val"):
+                self._writer.add_scalar(f"{figure}/{side}", value, row["epoch"])
+        self._writer.add_scalar("learning_rate", row["lr"], row["epoch"])
+        self._writer.add_scalar("images_per_second", images_per_second, row["epoch"])
+        self._writer.flush()
+
+    def draw_samples(self, dataset: Dataset) -> None:
+        """Draw samples.png: some of the images that are trained on, evenly spread, with their
+        classes."""
+        cells = []
+        for index in range(0, len(dataset), -(-len(dataset) // 16)):
+            with suppress(ImageError):
+                image, label = dataset[index]
+                if not torch.is_tensor(image):  # else it is normalised, no picture any more
+                    cells.append((np.asarray(image), self.metadata.classes[label]))
+        if cells and self._writer:
+            with replacing(self.folder / "samples.png") as file:
+                plots.draw_sheet(cells).save(file, "PNG")
+
+    def finish(self) -> None:
+        """Draw, and complete the events: options beside the best figures, and confusion matrix."""
+        if not self._writer:
+            return
+        self._draw()
+        matrix = np.asarray(Image.open(self.folder / "confusion_matrix.png").convert("RGB"))
+        self._writer.add_image("confusion matrix", matrix, self.best["epoch"], dataformats="HWC")
+        options = {
+            name: printable(value) if isinstance(value, str) else value  # paths may be any bytes
+            for name, value in self.metadata.args.items()
+            if value is not None and name not in ("data", "date", "typed", "output_dir")
+        }
+        best = {f"best/{name}": self.best[name] for name in ("accuracy", "loss", "epoch")}
+        for name, value in best.items():
+            self._writer.add_scalar(name, value)
+        for part in hparams(options, best):  # the tab HPARAMS compares runs by these
+            self._writer.file_writer.add_summary(part)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in options.items())
+        self._writer.add_text("options", f"| option | value |\n|---|---|\n{rows}")
+        self._writer.close()
+
+    def _draw(self) -> None:
+        """Draw the curves, and the confusion matrix of the best epoch; list its confusions."""
+        plots.save_figure(plots.draw_curves(self.history, self.best), self.folder / "curves.png")
+        title = f"validation, epoch {self.best['epoch']}, accuracy {self.best['accuracy']:.3f}"
+        counts, classes = self.best["confusion"].numpy(), self.metadata.classes
+        save_rows(confusions(counts, classes), self.folder / "confusions.csv")
+        figure = plots.draw_confusion_matrix(counts, classes, title)
+        plots.save_figure(figure, self.folder / "confusion_matrix.png")

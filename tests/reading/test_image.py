@@ -1,0 +1,280 @@
+"""Reading one image, against torchvision and against pixels worked out by hand."""
+
+import io
+import itertools
+import os
+import random
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, noise
+from PIL import Image, JpegImagePlugin
+from torchvision import models, transforms
+
+from model import default_preprocessing
+from shufflenet.reading.image import SUFFIXES, ImageError, load_centre, load_crop, load_rgb
+
+PHOTOS = sorted((ROOT.parent / "shared/data/flower_photos").glob("*/*.jpg"))[::125]
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def row(*pixels):
+    """An image one pixel high: L, LA, RGB or RGBA by the length of the pixels."""
+    return Image.fromarray(np.array([pixels], dtype=np.uint8))
+
+
+def read_row(path):
+    """The first row of pixels as the project reads it; a grey pixel as one number."""
+    pixels = np.asarray(load_rgb(path))[0].tolist()
+    return [r if r == g == b else (r, g, b) for r, g, b in pixels]
+
+
+def bomb(path, size):
+    """Write a small BMP file whose header claims size x size pixels."""
+    Image.new("RGB", (1, 1)).save(path, "BMP")
+    data = path.read_bytes()
+    path.write_bytes(data[:18] + struct.pack("<ii", size, size) + data[26:])
+
+
+def exif(*tags):
+    """EXIF data put together by hand from (tag, type, count, value)."""
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def read(path):
+    """The image, or why it cannot be read."""
+    try:
+        return load_rgb(path)
+    except ImageError as error:
+        name, _, reason = str(error).partition(": ")
+    assert (name, reason.count("\n")) == (str(path), 0)
+    return reason
+
+
+# What a person should see of the stored rows 123 and 456, by the EXIF orientation.
+UPRIGHT = {1: "123 456", 2: "321 654", 3: "654 321", 4: "456 123"}
+UPRIGHT |= {5: "14 25 36", 6: "41 52 63", 7: "63 52 41", 8: "36 25 14"}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_an_image_is_turned_upright_by_its_exif_orientation(tmp_path, suffix, orientation):
+    path = tmp_path / f"turned.{suffix}"
+    blocks = np.kron([[1, 2, 3], [4, 5, 6]], np.full((16, 16), 40)).astype(np.uint8)
+    Image.fromarray(blocks).convert("RGB").save(path, exif=exif((0x112, 3, 1, orientation)))
+    seen = np.asarray(load_rgb(path))[8::16, 8::16, 1]
+    rows = ("".join(str(round(value / 40)) for value in line) for line in seen.tolist())
+    assert " ".join(rows) == UPRIGHT[orientation]
+
+
+# No TIFF header; a pointer outside, after a good orientation.
+DAMAGED_EXIF = {b"Exif\0\0junk": (16, 8)}
+DAMAGED_EXIF |= {exif((0x112, 3, 1, 6), (0x10F, 2, 40, 0x7F7F7F7F)): (8, 16)}
+
+
+@pytest.mark.parametrize(("data", "size"), DAMAGED_EXIF.items())
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_still_gives_the_image_and_what_is_good_of_it(tmp_path, data, size):
+    noise(16, 8).save(tmp_path / "a.jpg", exif=data)
+    assert load_rgb(tmp_path / "a.jpg").size == size
+
+
+MIXED = row((*RED, 255), (*BLUE, 0), (*RED, 51))
+PALETTE, BITS = row(0, 1, 2), row(255, 0, 255).convert("1")
+PALETTE.putpalette([*RED, *BLUE, 9, 9, 9])
+PALE = (255, 204, 204)  # a fifth of red over white
+KINDS = [
+    ("LA.png", row((100, 255), (100, 0), (0, 51)), {}, [100, 255, 204]),
+    ("grey.png", row(0, 77), {"transparency": 0}, [255, 77]),
+    ("rgb.png", row(RED, BLUE), {"transparency": RED}, [255, BLUE]),
+    *((f"RGBA.{suffix}", MIXED, {}, [RED, 255, PALE]) for suffix in ("png", "tif")),
+    ("RGBA.webp", MIXED, {"lossless": True}, [RED, 255, PALE]),
+    *((f"1.{suffix}", BITS, {}, [255, 0, 255]) for suffix in ("png", "tif", "bmp")),
+    *((f"plain.{suffix}", PALETTE, {}, [RED, BLUE, 9]) for suffix in ("png", "gif", "bmp")),
+    *((f"one.{suffix}", PALETTE, {"transparency": 1}, [RED, 255, 9]) for suffix in ("png", "gif")),
+    ("each.png", PALETTE, {"transparency": bytes([51, 0, 255])}, [PALE, 255, 9]),
+]
+
+
+@pytest.mark.parametrize(("name", "pixels", "options", "expected"), KINDS)
+def test_every_kind_becomes_rgb_over_white(tmp_path, name, pixels, options, expected):
+    pixels.save(tmp_path / name, **options)
+    assert read_row(tmp_path / name) == expected
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    inks = {(0, 255, 255, 0): RED, (255, 255, 0, 0): BLUE, (0, 0, 0, 255): (0, 0, 0)}
+    for name, (ink, expected) in itertools.product(("a.jpg", "a.tif"), inks.items()):
+        Image.new("CMYK", (16, 16), ink).save(tmp_path / name, quality=95)
+        assert np.abs(np.asarray(load_rgb(tmp_path / name)).astype(int) - expected).max() <= 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped_and_more_are_refused(tmp_path):
+    values = [65535, 32768, 0, *(257 * k for k in range(256))]
+    big, little = (struct.pack(f"{order}{len(values)}H", *values) for order in "><")
+    Image.frombytes("I;16B", (259, 1), big).save(tmp_path / "big.tif")
+    Image.frombytes("I;16", (259, 1), little).save(tmp_path / "little.tif")
+    Image.frombytes("I;16", (259, 1), little).save(tmp_path / "a.png")
+    Image.fromarray(np.array([values], dtype=np.int32)).save(tmp_path / "wide.tif")
+    for name in ("a.png", "big.tif", "little.tif", "wide.tif"):
+        assert read_row(tmp_path / name) == [255, 128, 0, *range(256)], name
+    for pixels in ([0, 65536], [-1, 0], [0.5, 1.0]):  # of a range that nobody knows
+        pixels = np.array([pixels], np.float32 if 0.5 in pixels else np.int32)
+        Image.fromarray(pixels).save(tmp_path / "a.tif")
+        assert "save it with 8 or 16 bits" in read(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "a.mpo"])
+def test_of_several_frames_the_first_is_read_and_no_file_stays_open(tmp_path, name):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    before = os.listdir("/dev/fd")
+    found = load_rgb(tmp_path / name)
+    assert os.listdir("/dev/fd") == before
+    assert np.abs(np.asarray(found).astype(int) - RED).max() <= 3
+
+
+def encoded(form, **options):
+    file = io.BytesIO()
+    noise(60, 40).save(file, form, **options)
+    return file.getvalue()
+
+
+FILES = {form: encoded(form) for form in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")}
+FILES["progressive JPEG"] = encoded("JPEG", progressive=True, exif=exif((0x112, 3, 1, 6)))
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_cut_anywhere_is_refused(tmp_path, kind):
+    whole = FILES[kind]
+    for size in [1, 4, 10, 30, 60, *(len(whole) * tenth // 10 for tenth in range(1, 10))]:
+        (tmp_path / "a.jpg").write_bytes(whole[:size])
+        assert isinstance(read(tmp_path / "a.jpg"), str), size
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_whatever_is_damaged_there_is_an_image_or_one_line(tmp_path, kind):
+    """A few random changes or none; FUZZ=100000 tries so many."""
+    draw, path, images = random.Random(0), tmp_path / "a.jpg", 0
+    for _ in range(int(os.environ.get("FUZZ", "60"))):
+        data = bytearray(FILES[kind])
+        for _ in range(draw.randint(0, 4)):
+            at, count = int(draw.random() * len(data)), draw.choice((1, 2, 8, 64))
+            part = draw.choice((draw.randbytes(count), b"\0" * count, b"\xff" * count, b"", data))
+            data[at : at + draw.choice((0, count, len(data)))] = part[:1000]
+        path.write_bytes(data)
+        if not isinstance(read(path), str):
+            images += 1
+            assert load_centre(path, {"resize": 40, "crop": 32}).shape == (32, 32, 3)
+    assert images
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_content_decides_not_the_name_and_what_is_no_image_is_refused(tmp_path):
+    assert sorted(SUFFIXES) == [".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
+    row(1, 2, 3).save(tmp_path / "a.jpg", "PNG")
+    assert read_row(tmp_path / "a.jpg") == [1, 2, 3]
+    row(1, 2, 3).save(tmp_path / "b.jpg", "PPM")  # no format that is promised
+    assert "not an image" in read(tmp_path / "b.jpg")
+    (tmp_path / "two\nlines.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=f"{tmp_path}/two\\\\nlines.jpg: not an image: empty, "):
+        load_rgb(tmp_path / "two\nlines.jpg")
+    assert read(tmp_path / "missing.jpg") == "No such file or directory"
+    for size in (10_000, 20_000):
+        bomb(tmp_path / "bomb.bmp", size)
+        assert "pixels" in read(tmp_path / "bomb.bmp")
+
+
+# Upright and wide, odd and even, smaller and larger than the crop, and 16 times longer than wide.
+SIZES = [(1, 1), (7, 5), (224, 224), (256, 256), (232, 231), (1, 16), (31, 496), (1023, 64)]
+SIZES += [tuple(size) for size in np.random.default_rng(0).integers(90, 700, (24, 2)).tolist()]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save an image without loss; returns its path."""
+    return lambda image: image.save(tmp_path / "saved.png") or tmp_path / "saved.png"
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (224, 224), (65, 48)])
+def test_the_centre_has_the_pixels_of_torchvision(saved, resize, crop):
+    theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
+    images = [noise(*size, seed) for seed, size in enumerate(SIZES)]
+    for each in images + [load_rgb(path) for path in PHOTOS]:
+        ours = load_centre(saved(each), {"resize": resize, "crop": crop})
+        assert (ours.shape, ours.dtype) == ((crop, crop, 3), np.uint8)
+        apart = np.abs(ours.astype(int) - np.asarray(theirs(each)))
+        assert apart.max() <= 2, each.size
+        assert (apart > 1).mean() < 1e-4, each.size
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_centre_is_that_of_the_image_upright(tmp_path, suffix, orientation):
+    image, exif = noise(301, 241).resize((602, 482)), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path := tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    steps = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    ours = load_centre(path, {"resize": 256, "crop": 224}).astype(int)
+    assert np.abs(ours - np.asarray(steps(load_rgb(path)))).max() <= 1
+
+
+@pytest.mark.parametrize("width", ["0_5", "1_0", "1_5", "2_0"])
+def test_images_are_prepared_as_the_published_weights_want_them(width):
+    ours = default_preprocessing(f"shufflenet_v2_x{width}")
+    theirs = models.get_model_weights(f"shufflenet_v2_x{width}").IMAGENET1K_V1.transforms()
+    assert [[ours["resize"]], [ours["crop"]]] == [theirs.resize_size, theirs.crop_size]
+    assert (ours["mean"], ours["std"]) == (theirs.mean, theirs.std)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_decoder_shrinks_photographs_but_never_below_what_is_wanted(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.effect_noise((60, 40), 80).convert("RGB").resize((3000, 2000))
+    photo.save(path := tmp_path / "photo.jpg", quality=95, exif=exif)
+    decoded, draft = [], JpegImagePlugin.JpegImageFile.draft
+
+    def spy(image, mode, size):
+        result = draft(image, mode, size)
+        decoded.append(image.size)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JpegImagePlugin.JpegImageFile, "draft", spy)
+        ours = load_centre(path, {"resize": 256, "crop": 224})
+        for pixels, spare in ((1000, 1), (448, 1), (447, 1), (100, 1), (2000, 2)):
+            load_crop(path, lambda w, h, side=pixels: (0, 0, side, side), 224, spare)
+    halves = [3000 / width for width, _ in decoded]
+    # 2000 / (2 x 256) = 3.9; then 1000 / 224 = 4.5, 2, 1.99, 0.4 and 2000 / (2 x 224) = 4.5.
+    assert halves == [2, 4, 2, 1, 1, 4]
+    steps = [transforms.Resize(256), transforms.CenterCrop(224)]
+    theirs = np.asarray(transforms.Compose(steps)(load_rgb(path)))
+    assert np.abs(ours.astype(int) - theirs).mean() < 1
+
+
+LONG = """
+import resource, sys
+from shufflenet.reading import image
+wide = image.Image.new("RGB", (100_000, 1))
+wide.paste("red", (49_992, 0, 50_008, 1))
+wide.save("wide.png")
+wide.transpose(image.Image.Transpose.ROTATE_90).save("high.png")
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))  # 256 x 25,600,000 pixels take 26 GB
+for name in ("wide.png", "high.png"):
+    pixels = image.load_centre(name, {"resize": 256, "crop": 224})
+    print({tuple(p) for p in pixels.reshape(-1, 3).tolist()})
+"""
+
+
+def test_a_line_of_100000_pixels_is_cut_to_its_middle_in_little_memory(tmp_path):
+    words = [sys.executable, "-c", LONG]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout == "{(255, 0, 0)}\n" * 2, run.stderr
