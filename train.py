@@ -30,6 +30,7 @@ from shufflenet.common import files, options
 from shufflenet.common.messages import RunError, UsageError, notice, say
 from shufflenet.inference import checkpoint, pytorch, rewrite
 from shufflenet.inference.metadata import Metadata
+from shufflenet.inference.parallel import InParts
 from shufflenet.reading import download, folders, image
 from shufflenet.training import distributed, features
 from shufflenet.training.run_folder import RunFolder, load_run
@@ -181,6 +182,11 @@ def main(words: options.Words = None) -> dict:
     if recipe.freeze_bn:
         freeze_batch_norm(model)
 
+    cached = args.freeze_layers and args.cache_features
+    cores = max(1, options.cores() // distributed.LOCAL_WORLD)
+    amp = not cached and use_bfloat16(device, args.amp)
+    compute = pytorch.Compute(device, min(torch.get_num_threads(), cores), amp)
+
     # Output.
     folder = options.make_folder(args.output_dir, args.name or args.model)
     settings = describe(args, data, state) | asdict(recipe)
@@ -190,18 +196,18 @@ def main(words: options.Words = None) -> dict:
     first = distributed.RANK == 0
     with files.locked(folder) if first else nullcontext():
         run = RunFolder(folder, model, metadata, state, writes=first)
-        notice(f"writing to {folder}")
-        if args.freeze_layers and args.cache_features:
+        notice(f"writing to {folder}, training on {device}{' in bfloat16' if compute.amp else ''}")
+        if cached:
             run.draw_samples(evaluation_set(*data.train, preprocessing))
-            train_fc(model, data, metadata, recipe, device, run)
+            train_fc(model, data, metadata, recipe, compute, run)
         else:
             train_set = training_set(*data.train, args, preprocessing, small_images)
             run.draw_samples(train_set)
             if recipe.fc_first and not run.history:  # as epoch 0
-                figures, confusion = train_fc(model, data, metadata, RECIPES["fc"], device)
+                figures, confusion = train_fc(model, data, metadata, RECIPES["fc"], compute)
                 run.record(figures | {"epoch": 0}, confusion)
                 notice(f"fc alone reaches {figures['val_accuracy']:.4f}; now all layers")
-            train_layers(model, train_set, data, metadata, recipe, device, run)
+            train_layers(model, train_set, data, metadata, recipe, compute, run)
         run.finish()
     return report(run, data, start)
 
@@ -211,20 +217,18 @@ def train_fc(
     data: Data,
     metadata: Metadata,
     recipe: Recipe,
-    device: torch.device,
+    compute: pytorch.Compute,
     run: RunFolder | None = None,
 ) -> tuple[dict, np.ndarray]:
     """Train `fc` alone, as a head on features that are computed once: see features.py."""
-    paths, threads = [*data.train[0], *data.val[0]], own_cores()
+    paths, prepare = [*data.train[0], *data.val[0]], metadata.preprocessing
     with distributed.first_on_its_machine():
-        rows = features.cached_features(
-            model, paths, metadata.preprocessing, device, threads, data.bad
-        )
+        rows = features.cached_features(model, paths, prepare, compute, data.bad)
     head, train_loader, val_loader = features.head_and_loaders(
         model.fc, rows, data.train, data.own_val(), recipe.batch_size, metadata.args["seed"]
     )
     with pytorch.torch_threads(1):  # a head is too small to be shared: threads would wait
-        return fit(model, head, train_loader, val_loader, recipe, device, run)
+        return fit(model, head, train_loader, val_loader, recipe, compute, run)
 
 
 def train_layers(
@@ -233,26 +237,21 @@ def train_layers(
     data: Data,
     metadata: Metadata,
     recipe: Recipe,
-    device: torch.device,
+    compute: pytorch.Compute,
     run: RunFolder,
 ) -> None:
     """Train what is not frozen of a network, on images."""
-    learner = rewrite.rewrite_for_training(model) if recipe.freeze_bn else model
-    learner = distributed.wrap(learner, device)
+    learner = model
+    if recipe.freeze_bn:
+        learner = rewrite.rewrite_for_training(model, compute.threads)
+    threads = 1 if isinstance(learner, InParts) else compute.threads  # of torch
+    learner = distributed.wrap(learner, compute.device)
     seed, workers = metadata.args["seed"], metadata.args["workers"]
-    reading = (device, metadata.preprocessing, recipe.batch_size, workers, data.bad)
+    reading = (compute.device, metadata.preprocessing, recipe.batch_size, workers, data.bad)
     train_loader = DeviceLoader(train_set, *reading, seed, (distributed.RANK, distributed.WORLD))
-    val_set = evaluation_set(*data.own_val(), metadata.preprocessing)
-    val_loader = DeviceLoader(val_set, *reading)
-    amp = use_bfloat16(device, metadata.args["amp"])
-    notice(f"training on {device}{' in bfloat16' if amp else ''}")
-    with pytorch.torch_threads(min(torch.get_num_threads(), own_cores())):
-        fit(model, learner, train_loader, val_loader, recipe, device, run, amp)
-
-
-def own_cores() -> int:
-    """The cores of this process, of several on its machine."""
-    return max(1, options.cores() // distributed.LOCAL_WORLD)
+    val_loader = DeviceLoader(evaluation_set(*data.own_val(), metadata.preprocessing), *reading)
+    with pytorch.torch_threads(threads):
+        fit(model, learner, train_loader, val_loader, recipe, compute, run)
 
 
 def fit(
@@ -261,9 +260,8 @@ def fit(
     train_loader: Iterable,
     val_loader: Iterable,
     recipe: Recipe,
-    device: torch.device,
+    compute: pytorch.Compute,
     run: RunFolder | None = None,
-    amp: bool = False,
 ) -> tuple[dict, np.ndarray | None]:
     """Train and validate, epoch after epoch; returns figures and confusion matrix of the last.
 
@@ -288,15 +286,16 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr
         trained = train_epoch(
-            learner, optimizer, train_loader, device, epoch,
-            criterion=criterion, amp=amp, clip=recipe.clip,
+            learner, optimizer, train_loader, compute.device, epoch,
+            criterion=criterion, amp=compute.amp, clip=recipe.clip,
         )  # fmt: skip
         distributed.share_statistics(learner)
         if isinstance(learner, features.Head):
             learner.fold_into(model.fc)
-            tally = validate(learner, val_loader, device)
+            network = learner
         else:
-            tally = validate(rewrite.rewrite_for_inference(model), val_loader, device)
+            network = rewrite.rewrite_for_inference(model, compute.threads)
+        tally = validate(network, val_loader, compute.device)
         tally = distributed.total(tally)
         validated = {f"val_{name}": value for name, value in tally.figures().items()}
         if not math.isfinite(validated["val_loss"]):

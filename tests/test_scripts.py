@@ -28,6 +28,7 @@ from shufflenet.inference import plots
 from shufflenet.inference.classifier import Classifier
 from shufflenet.inference.metadata import Metadata
 from shufflenet.inference.metrics import measure
+from shufflenet.inference.pytorch import Compute
 from shufflenet.reading.folders import BadImages
 from shufflenet.reading.image import load_rgb
 from shufflenet.training.run_folder import RunFolder
@@ -188,7 +189,7 @@ def test_steep_gradients_move_the_weights_no_further_than_the_clip(clip):
     batch = torch.full((8, 1, 2, 2), 1e4), torch.arange(8) % 2
     before = torch.cat([value.flatten().clone() for value in learner.parameters()])
     recipe = train.Recipe(epochs=1, batch_size=8, lr=1.0, lrf=1.0, weight_decay=0, clip=clip)
-    train.fit(learner, learner, [batch], [batch], recipe, torch.device("cpu"))
+    train.fit(learner, learner, [batch], [batch], recipe, Compute(torch.device("cpu"), 1, False))
     after = torch.cat([value.flatten() for value in learner.parameters()])
     moved = (after - before).norm().item()
     assert moved == pytest.approx(5, rel=1e-3) if clip else moved > 1000

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
@@ -9,6 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet.common.messages import UsageError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a network is trained."""
+
+    device: torch.device
+    threads: int  # cores that it may use on a CPU
+    amp: bool  # in bfloat16 where autocast does
 
 
 def choose_device(name: str, index: int = 0) -> torch.device:

@@ -4,7 +4,7 @@
 1. Every batch norm is folded into the convolution before it.
 2. In v2 no channel is shuffled, split off or passed along any more: see `DealtStage`.
 3. Weights and activations lie in memory as NHWC (channels_last), which convolutions prefer, and on
-   a CPU a large batch is computed in parts.
+   a CPU a batch is computed in parts: see parallel.py.
 
 In v1 the shuffle stays: its 1x1 convolutions are grouped, so a channel cannot be made beside others
 that are read with it without leaving its group.
@@ -23,30 +23,36 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import InvertedResidual, ShuffleNetV1, ShuffleNetV2, ShuffleUnit
+from shufflenet.inference.parallel import InParts, run_in_parts
 from shufflenet.inference.pytorch import memory_format
 
 KNOWN = (InvertedResidual, ShuffleNetV1, ShuffleNetV2, ShuffleUnit)  # but nothing derived of them
-CPU_BATCH = 16  # images; the fastest of 1, 2, 4 ... 64 for x0.5, x1.0 and v1
 
 
-def rewrite_for_training(model: nn.Module) -> nn.Module:
+def rewrite_for_training(model: nn.Module, threads: int = 1) -> nn.Module:
     """A network with the parameters of `model`, to be trained in its place where batch norm is
-    frozen: the same function and gradients, without a pass of batch norm over the activations."""
+    frozen: the same function and gradients, without a pass of batch norm over the activations. On a
+    CPU several `threads` compute parts of a batch, where no layer sees more than one image."""
     if not _is_exact(_fold_for_training, model):
         return model
-    return _fold_for_training(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+    network = _fold_for_training(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if on_cpu and threads > 1 and all(type(module) in SEPARABLE for module in network.modules()):
+        return InParts(network, threads)
+    return network
 
 
-def rewrite_for_inference(model: nn.Module) -> "Rewritten":
+def rewrite_for_inference(model: nn.Module, threads: int | None = None) -> "Rewritten":
     """A network that computes what `model` computes in eval mode, faster, on the same device and in
-    the same precision; `model` is left as it is."""
+    the same precision; `model` is left as it is. On a CPU so many `threads` compute parts of a
+    batch, by default as many as torch uses."""
     parameter = next(model.parameters())
     network = copy.deepcopy(model).requires_grad_(False).eval()
     if _is_exact(_fold_and_deal, network):
         # In float64, to be rounded once; on the CPU, since Apple's GPU has none.
         network = _fold_and_deal(network.cpu().double()).to(parameter.dtype)
     device = parameter.device
-    return Rewritten(network).to(device, memory_format=memory_format(device))
+    return Rewritten(network, threads).to(device, memory_format=memory_format(device))
 
 
 def _fold_for_training(network: nn.Module) -> nn.Module:
@@ -138,28 +144,29 @@ class FoldedConv(nn.Module):
         )
 
 
+# Kinds of layers for which an image is alone in its batch. None of batch norm: all is folded.
+SEPARABLE = (*KNOWN, FoldedConv, nn.AvgPool2d, nn.Conv2d, nn.Identity, nn.Linear, nn.MaxPool2d)
+SEPARABLE += (nn.ReLU, nn.Sequential)
+
+
 class Rewritten(nn.Module):
     """What `rewrite_for_inference` returns; it is called as the network that it was made from."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, threads: int | None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.threads = network, threads
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) to what `fc` sees, (N, channels)."""
-        return _in_parts(self.network.forward_features, x)
+        return self._in_parts(self.network.forward_features, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
-        return _in_parts(self.network, x)
+        return self._in_parts(self.network, x)
 
-
-def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """On a CPU a few images at a time, whose activations stay in its caches."""
-    x = x.to(memory_format=memory_format(x.device))
-    if x.device.type != "cpu":
-        return function(x)
-    return torch.cat([function(part) for part in x.split(CPU_BATCH)])
+    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = x.to(memory_format=memory_format(x.device))
+        return run_in_parts(function, x, self.threads) if x.device.type == "cpu" else function(x)
 
 
 def _deal_channels(network: nn.Module) -> nn.Module:

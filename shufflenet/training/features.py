@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from shufflenet.common.files import replacing
 from shufflenet.common.messages import RunError, notice, progress
-from shufflenet.inference.pytorch import torch_runtime
+from shufflenet.inference.pytorch import Compute, torch_runtime
 from shufflenet.inference.rewrite import rewrite_for_inference
 from shufflenet.inference.runtimes import stream
 from shufflenet.reading.ahead import batches
@@ -111,8 +111,7 @@ def cached_features(
     model: nn.Module,
     paths: Sequence[str],
     preprocessing: dict,
-    device: torch.device,
-    threads: int,
+    compute: Compute,
     bad: BadImages,
 ) -> dict[str, np.ndarray]:
     """The features of images, {path: float32 (channels,)}, not a number where one cannot be read.
@@ -131,9 +130,9 @@ def cached_features(
         return dict(zip(paths, features, strict=True))
 
     network = rewrite_for_inference(model)
-    runtime = torch_runtime(network.forward_features, device, preprocessing)
+    runtime = torch_runtime(network.forward_features, compute.device, preprocessing)
     features = np.empty((len(paths), model.fc.in_features), np.float32)
-    start, answers = time.perf_counter(), stream(paths, runtime, preprocessing, threads)
+    start, answers = time.perf_counter(), stream(paths, runtime, preprocessing, compute.threads)
     for row, (_, answer) in enumerate(progress(answers, "computing features", len(paths))):
         if isinstance(answer, ImageError):
             bad.add(answer)

@@ -1,0 +1,88 @@
+"""A batch in parts, a thread each: the same function and gradients as the whole."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from model import build_model
+from shufflenet.inference.parallel import InParts, run_in_parts, split_batch
+from shufflenet.inference.rewrite import rewrite_for_training
+from utils import freeze_batch_norm, set_train_mode
+
+NAMES = ["shufflenet_v2_x0_5", "shufflenet_v1_x0_25_g3"]
+
+
+def frozen(name="shufflenet_v2_x0_5"):
+    torch.manual_seed(0)
+    model = build_model(name, 5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+    freeze_batch_norm(model)
+    set_train_mode(model)
+    return model
+
+
+def gradients(model, learner, x, labels):
+    model.zero_grad()
+    nn.functional.cross_entropy(learner(x), labels).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("images", "threads"), [(16, 2), (5, 2), (3, 8), (16, 8), (40, 2), (1, 4)])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradients_are_those_of_the_whole_batch(name, images, threads):
+    model = frozen(name).double()
+    learner = rewrite_for_training(model, threads)
+    assert isinstance(learner, InParts)
+    x, labels = torch.randn(images, 3, 64, 64).double(), torch.arange(images) % 5
+    expected = gradients(model, model, x, labels)
+    found = gradients(model, learner, x, labels)
+    assert found.keys() == expected.keys()
+    assert len(found) > 30
+    for key, value in expected.items():
+        assert (found[key] - value).abs().max() <= 1e-12 * value.abs().max(), key
+    again = gradients(model, learner, x, labels)
+    assert all(torch.equal(again[key], found[key]) for key in found)
+
+
+def test_parts_are_even_and_of_two_images_at_least():
+    sizes = {n: [len(part) for part in split_batch(torch.zeros(n, 1), 4)] for n in (1, 3, 16, 70)}
+    assert sizes == {1: [1], 3: [3], 16: [4] * 4, 70: [14] * 5}
+
+
+def test_the_modes_of_the_caller_hold_in_every_part():
+    seen, model = set(), frozen()
+    for layers in (model.conv1, model.conv5):
+        layers.register_forward_hook(
+            lambda module, inputs, out: seen.add(
+                (threading.get_ident(), out.dtype, module.training)
+            )
+        )
+    learner = InParts(model, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner(torch.randn(4, 3, 64, 64)).float().sum().backward()
+    assert {dtype for _, dtype, _ in seen} == {torch.bfloat16}
+    assert threading.get_ident() not in {thread for thread, *_ in seen}
+    assert model.fc.weight.grad.dtype == torch.float32
+    with torch.inference_mode():
+        assert run_in_parts(model, torch.randn(4, 3, 64, 64), 2).is_inference()
+
+
+def test_an_exception_of_a_part_reaches_the_caller_whose_threads_stay():
+    before, learner = torch.get_num_threads(), InParts(frozen(), 2)
+    with pytest.raises(RuntimeError, match="expected input"):
+        learner(torch.randn(4, 5, 64, 64))
+    assert torch.get_num_threads() == before
+    assert learner(torch.randn(4, 3, 64, 64)).shape == (4, 5)
+
+
+def test_a_layer_that_may_see_the_batch_is_computed_whole():
+    model = frozen()
+    model.stage4.append(nn.Dropout(0.5))
+    assert not isinstance(rewrite_for_training(model, 2), InParts)
+    model.stage4[-1] = nn.Identity()
+    assert isinstance(rewrite_for_training(model, 2), InParts)
+    assert not isinstance(rewrite_for_training(model, 1), InParts)  # as torchrun gives
