@@ -23,6 +23,7 @@ The v2 networks interchange weights with torchvision: same keys, same shapes, sa
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import torch
 import torch.fx
@@ -315,6 +316,11 @@ def default_preprocessing(name: str, small_images: bool = False) -> dict:
     pixels, the centre of `crop` pixels is cut out, `mean` subtracted and divided by `std`."""
     resize, crop = (32, 32) if small_images else (RESIZE.get(name, 256), 224)
     return {"resize": resize, "crop": crop, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def takes_small_images(name: str) -> bool:
+    """Whether a network of `VARIANTS` can be made for some 32 pixels: a parameter says so."""
+    return "small_images" in signature(VARIANTS[name]).parameters
 
 
 def build_model(name: str, num_classes: int = 1000, small_images: bool = False) -> nn.Module:

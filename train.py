@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from model import VARIANTS, build_model, default_preprocessing
+from model import VARIANTS, build_model, default_preprocessing, takes_small_images
 from my_dataset import DeviceLoader, MyDataSet, evaluation_set, training_set
 from shufflenet.common import files, options
 from shufflenet.common.messages import RunError, UsageError, notice, say
@@ -317,8 +317,8 @@ def say_epoch(figures: dict, epochs: int, better: bool) -> None:
         shown = [side]
         for name, value in figures.items():
             if name.startswith(f"{side}_"):
-                name = name.removeprefix(f"{side}_").replace("accuracy", "acc")
-                shown.append(f"{name} {value:.4f}")
+                name = name.removeprefix(f"{side}_")
+                shown.append(f"{'acc' if name == 'accuracy' else name} {value:.4f}")
         words.append(" ".join(shown))
     words += [f"{figures['seconds']:.1f} s", f"{figures['images_per_second']:.0f} img/s"]
     words += [f"{left} left", *(["best"] if better else [])]
@@ -428,13 +428,16 @@ def read_data(args: argparse.Namespace, state: dict | None) -> Data:
 
 def choose_small_images(args: argparse.Namespace, first_image: str) -> bool:
     """Whether the network is made for images of some 32 pixels."""
-    small = args.small_images
+    small, possible = args.small_images, takes_small_images(args.model)
     if small is None and args.weights not in ("", "imagenet"):
         small = checkpoint.is_of_small_images(args.weights)
     elif small is None:
-        small = not (args.weights or args.train_size) and image.is_small(first_image)
+        omitted = not (args.weights or args.train_size)
+        small = possible and omitted and image.is_small(first_image)
         if small:
             notice("--small-images: the first image is small (--no-small-images enlarges them)")
+    if small and not possible:
+        raise UsageError(f"--small-images: {args.model} is not made for them; omit it")
     if small and args.train_size:
         raise UsageError("--train-size: small images, as of --weights, are not resized; omit it")
     return small

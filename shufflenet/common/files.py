@@ -65,9 +65,10 @@ def save_json(value: object, path: str | Path) -> None:
 
 
 def save_rows(rows: list[dict], path: str | Path) -> None:
-    """Write CSV with a header, a line per dict; no rows, an empty file."""
+    """Write CSV with a header, a line per dict, whose keys may differ; no rows, an empty file."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(path, "w") as file:
-        writer = csv.writer(file)
+        writer = csv.DictWriter(file, columns)
         if rows:
-            writer.writerow(rows[0])
-            writer.writerows(row.values() for row in rows)
+            writer.writeheader()
+        writer.writerows(rows)

@@ -88,3 +88,8 @@ def test_json_and_tables_keep_any_name_and_value(path):
         with open(path, **UTF8) as file:
             found = list(csv.reader(file))
         assert found == ([["class", "loss"], [name, "0.1"], ["=1+1", ""]] if rows else [])
+
+
+def test_rows_with_other_keys_stand_under_their_own_header(tmp_path):
+    save_rows([{"a": 1, "b": 2}, {"a": 3, "c": 4, "b": 5}], tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text().split() == ["a,b,c", "1,2,", "3,5,4"]
