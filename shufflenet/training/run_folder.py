@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -177,12 +176,11 @@ class RunFolder:
                 plots.draw_sheet(cells).save(file, "PNG")
 
     def finish(self) -> None:
-        """Draw, and complete the events: options beside the best figures, and confusion matrix."""
+        """Draw, and complete TensorBoard's events, whose tab HPARAMS compares options and
+        best figures."""
         if not self._writer:
             return
         self._draw()
-        matrix = np.asarray(Image.open(self.folder / "confusion_matrix.png").convert("RGB"))
-        self._writer.add_image("confusion matrix", matrix, self.best["epoch"], dataformats="HWC")
         options = {
             name: printable(value) if isinstance(value, str) else value  # paths may be any bytes
             for name, value in self.metadata.args.items()
@@ -191,10 +189,8 @@ class RunFolder:
         best = {f"best/{name}": self.best[name] for name in ("accuracy", "loss", "epoch")}
         for name, value in best.items():
             self._writer.add_scalar(name, value)
-        for part in hparams(options, best):  # the tab HPARAMS compares runs by these
+        for part in hparams(options, best):  # add_hparams would begin another run for them
             self._writer.file_writer.add_summary(part)
-        rows = "".join(f"| {name} | {value} |\n" for name, value in options.items())
-        self._writer.add_text("options", f"| option | value |\n|---|---|\n{rows}")
         self._writer.close()
 
     def _draw(self) -> None:
