@@ -53,14 +53,14 @@ def main(words: options.Words = None) -> dict:
     network = Classifier(weights, args.device, args.runtime, args.workers)
     notice(f"{weights}: {network.metadata}; {network.computed_by}")
 
-    data, classes = choose_data(network, args), network.classes
-    if len(data.images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, data.images)):
-        classes = list(data.images)  # folders of ImageNet, which are in the order of its classes
-    folders.refuse_unknown(data.images, classes, data.root)
-    paths, labels = folders.with_labels(data.images, classes)
-    notice(f"{data.root}: {data.split}, {len(paths)} images; {data.whose}")
+    part, classes = choose_part(network, args), network.classes
+    if len(part.images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, part.images)):
+        classes = list(part.images)  # folders of ImageNet, which are in the order of its classes
+    folders.refuse_unknown(part.images, classes, part.root)
+    paths, labels = folders.with_labels(part.images, classes)
+    notice(f"{part.root}: {part.split}, {len(paths)} images; {part.whose}")
 
-    folder = options.make_folder(args.output_dir, f"eval-{data.split}")
+    folder = options.make_folder(args.output_dir, f"eval-{part.split}")
     bad = folders.BadImages(len(paths))
     answers = progress(network.stream(paths, args.workers), "evaluating", len(paths))
     tally, mistakes = measure(answers, labels, classes, bad)
@@ -69,21 +69,21 @@ def main(words: options.Words = None) -> dict:
     save_rows(report, folder / "per_class.csv")
     save_rows(mistakes, folder / "mistakes.csv")
     save_rows(confusions(tally.confusion, classes), folder / "confusions.csv")
-    title = f"{data.split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
+    title = f"{part.split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
     plots.save_figure(figure, folder / "confusion_matrix.png")
     if mistakes:
         draw_mistakes(mistakes, folder / "mistakes.png")
     print_table(report, figures)
     summary = {"top5": None} | figures | {"images": tally.images, "bad_images": len(bad.seen)}
-    summary |= {"split": data.split, "weights": str(weights)}
+    summary |= {"split": part.split, "weights": str(weights)}
     summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(folder)}
     say(json.dumps(summary))
     return summary | {"per_class": report}
 
 
 @dataclass(frozen=True)
-class Data:
+class Part:
     """The images to measure by class, and what they are to the run."""
 
     root: Path
@@ -92,7 +92,7 @@ class Data:
     whose: str
 
 
-def choose_data(network: Classifier, args: argparse.Namespace) -> Data:
+def choose_part(network: Classifier, args: argparse.Namespace) -> Part:
     """Find the images to measure; UsageError if nobody says where they are."""
     run = network.metadata.args
     data_path = args.data_path or run.get("data_path")
@@ -111,7 +111,7 @@ def choose_data(network: Classifier, args: argparse.Namespace) -> Data:
     whose = f"{'what' if trained_on else 'another set than'} the run was trained on"
     if not trained_on and str(root.resolve()) == run.get("data_path"):
         whose = "changed since the run learnt from it, which flatters accuracy"
-    return Data(root, images, split, whose)
+    return Part(root, images, split, whose)
 
 
 def draw_mistakes(mistakes: list[dict], path: Path) -> None:

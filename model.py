@@ -61,7 +61,7 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
 
 def _stem(channels: int, small_images: bool) -> tuple[nn.Sequential, nn.Module]:
     """The start that both versions share: (N,3,H,W) -> (N,channels,H/4,W/4). Images of some 32
-    pixels would be shrunk to 8, so that with `small_images` it keeps the size."""
+    pixels would be shrunk to 8: with `small_images` the stem keeps their size."""
     conv = nn.Conv2d(3, channels, 3, 1 if small_images else 2, padding=1, bias=False)
     conv1 = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
     return conv1, nn.Identity() if small_images else nn.MaxPool2d(3, 2, padding=1)
@@ -293,8 +293,8 @@ _V2_CHANNELS = {  # table 5: conv1, stage 2, 3, 4, conv5
     "x2_0": [24, 244, 488, 976, 2048],
 }
 
-# Every network of this repository: name -> what builds it, called with num_classes=... It has `fc`,
-# `forward_features` and, to be explained, `feature_map`. A network of your own is a line here.
+# Every network of this repository: name -> what builds it, called with num_classes=... It has `fc`
+# (nn.Linear), `forward_features` and, to be explained, `feature_map`; docs/change.md adds one.
 VARIANTS: dict[str, Callable[..., nn.Module]] = {
     f"shufflenet_v2_{width}": partial(ShuffleNetV2, [4, 8, 4], channels)
     for width, channels in _V2_CHANNELS.items()
@@ -332,7 +332,7 @@ def build_model(name: str, num_classes: int = 1000, small_images: bool = False) 
     return VARIANTS[name](num_classes=num_classes)
 
 
-# By their names in the tutorial and in torchvision, called with num_classes=...
+# The v2 networks by their names in the tutorial and in torchvision; called with num_classes=...
 shufflenet_v2_x0_5 = partial(build_model, "shufflenet_v2_x0_5")
 shufflenet_v2_x1_0 = partial(build_model, "shufflenet_v2_x1_0")
 shufflenet_v2_x1_5 = partial(build_model, "shufflenet_v2_x1_5")

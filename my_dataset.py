@@ -87,8 +87,9 @@ def training_set(
     preprocessing: dict,
     small_images: bool,
 ) -> MyDataSet:
-    """What train.py learns from; `options` are its own. An augmentation of your own is a line of
-    the list, or take a MyDataSet with a Compose of torchvision."""
+    """What train.py learns from; `options` are those of its command line. An augmentation of your
+    own is a line of the list; or return a MyDataSet with a Compose of torchvision, whose draws are
+    repeatable with one thread only. Cached features (--freeze-layers) are not augmented."""
     side = options.train_size or preprocessing["crop"]
     read = RandomShift(preprocessing) if small_images else partial(random_crop, side=side)
     augmentations = [
@@ -189,7 +190,8 @@ class DeviceLoader:
         part: tuple[int, int] = (0, 1),
     ) -> None:
         self.dataset, self.device, self.threads, self.bad = dataset, device, threads, bad
-        self.seed, (self.number, self.parts) = seed, part
+        self.seed = seed
+        self.number, self.parts = part
         self.batch_size = batch_size * self.parts  # of all processes
         self.normalize = Normalize(preprocessing).to(device)
 
@@ -205,7 +207,10 @@ class DeviceLoader:
         for items in ahead(self._read, filter(None, map(self._part_of, order)), self.threads):
             good = []
             for item in items:
-                self.bad.add(item) if isinstance(item, ImageError) else good.append(item)
+                if isinstance(item, ImageError):
+                    self.bad.add(item)
+                else:
+                    good.append(item)
             if good:
                 yield self._on_device(*zip(*good, strict=True))
             elif self.parts > 1:  # the others would wait for its gradients

@@ -34,7 +34,15 @@ from shufflenet.inference.parallel import InParts
 from shufflenet.reading import download, folders, image
 from shufflenet.training import distributed, features
 from shufflenet.training.run_folder import RunFolder, load_run
-from utils import cosine_lr, freeze_batch_norm, freeze_layers, train_epoch, use_bfloat16, validate
+from utils import (
+    cosine_lr,
+    freeze_batch_norm,
+    freeze_layers,
+    split_data,
+    train_epoch,
+    use_bfloat16,
+    validate,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def build_parser() -> options.Parser:
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="shufflenet_v2_x1_0", metavar="NAME",
-        help="shufflenet_v2_ x0_5, x1_0, x1_5, x2_0, or shufflenet_v1_ x0_25 to x2_0 _g1 to _g8")
+        help=f"one of {', '.join(VARIANTS)}")
     add("--weights", default="", metavar="FILE",
         help="weights to start from: a file, or 'imagenet' for torchvision's (downloaded)")
     add("--freeze-layers", nargs="?", const=True, default=False, type=options.true_or_false,
@@ -97,14 +105,14 @@ def build_parser() -> options.Parser:
         help="train fc alone first, then every layer: the gradients of a new fc would spoil them "
         "(if omitted: when --weights leaves fc new, without --no-cache-features)")
     add("--freeze-bn", action=argparse.BooleanOptionalAction,
-        help="keep batch norm's statistics, scale and shift (if omitted: of the recipe)")
+        help="keep batch norm's statistics, scale and shift (if omitted: as the recipe says)")
     add("--small-images", action=argparse.BooleanOptionalAction,
         help="a network for 32 pixels, whose first layers shrink nothing (if omitted: without "
         "--weights where the first image has at most 48)")
 
     recipes = "; ".join(f"{kind}: {recipe}" for kind, recipe in RECIPES.items())
     add = parser.add_argument_group(
-        "training", f"What is omitted here is taken of a recipe. {recipes}").add_argument
+        "training", f"What is omitted here comes from a recipe. {recipes}").add_argument
     add("--epochs", type=count, metavar="N",
         help="passes over the data")
     add("-b", "--batch-size", type=count, metavar="N",
@@ -221,9 +229,9 @@ def train_fc(
     run: RunFolder | None = None,
 ) -> tuple[dict, np.ndarray]:
     """Train `fc` alone, as a head on features that are computed once: see features.py."""
-    paths, prepare = [*data.train[0], *data.val[0]], metadata.preprocessing
+    paths = [*data.train[0], *data.val[0]]
     with distributed.first_on_its_machine():
-        rows = features.cached_features(model, paths, prepare, compute, data.bad)
+        rows = features.cached_features(model, paths, metadata.preprocessing, compute, data.bad)
     head, train_loader, val_loader = features.head_and_loaders(
         model.fc, rows, data.train, data.own_val(), recipe.batch_size, metadata.args["seed"]
     )
@@ -404,16 +412,11 @@ def check(args: argparse.Namespace, typed: argparse.Namespace, state: dict | Non
 
 
 def read_data(args: argparse.Namespace, state: dict | None) -> Data:
-    """List the images and split them, as utils.read_split_data, with the names of the classes."""
+    """List the images and split them."""
     root = args.data_path
     parts = folders.find_parts(root)
-    train_images, val_images = folders.split_images(parts, args.val_rate, args.seed)
-    folders.require_classes(train_images, val_images, root)
-    classes = list(train_images)
-    train = folders.with_labels(train_images, classes)
-    val = folders.with_labels(val_images, classes)
+    classes, train, val = split_data(parts, root, args.val_rate, args.seed)
     fingerprint = folders.fingerprint(parts)
-
     if state and state["classes"] != classes:
         raise UsageError(f"--data-path {root}: the run was trained on other classes")
     distributed.require_same(fingerprint, f"{root} holds other images than rank 0 sees")
@@ -480,16 +483,16 @@ def choose_recipe(args: argparse.Namespace, fc_is_new: bool, small_images: bool)
 
 
 def describe(args: argparse.Namespace, data: Data, state: dict | None) -> dict:
-    """The options as checkpoints keep them, with the fingerprint of the data, and date and words of
-    the start."""
-    words = {"data": data.fingerprint, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
-    words["typed"] = shlex.join(args.words)
+    """The options as checkpoints keep them, with the fingerprint of the data, and the date and
+    command line that the run began with."""
+    began = {"data": data.fingerprint, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    began["typed"] = shlex.join(args.words)
     if state:
-        words = {name: state["args"][name] for name in words}
-    if words["data"] != data.fingerprint:
+        began = {name: state["args"][name] for name in began}
+    if began["data"] != data.fingerprint:
         notice(f"{args.data_path} holds other images than when the run began")
     kept = {name: value for name, value in vars(args).items() if name not in ("words", "resume")}
-    return kept | {"processes": distributed.WORLD} | words
+    return kept | {"processes": distributed.WORLD} | began
 
 
 if __name__ == "__main__":

@@ -11,7 +11,13 @@ from torch import nn
 from shufflenet.common.files import save_json
 from shufflenet.common.messages import RunError, progress
 from shufflenet.inference.metrics import Tally
-from shufflenet.reading.folders import find_parts, require_classes, split_images, with_labels
+from shufflenet.reading.folders import (
+    Images,
+    find_parts,
+    require_classes,
+    split_images,
+    with_labels,
+)
 
 
 def read_split_data(
@@ -24,12 +30,20 @@ def read_split_data(
     weights that are saved with `torch.save(model.state_dict(), ...)` it has to be called
     class_indices.json. UsageError for fewer than two classes, or one without images on a side.
     """
-    train, val = split_images(find_parts(root), val_rate, seed)  # {class: paths} each
-    require_classes(train, val, root)
-    classes = list(train)  # in sorted order
+    classes, train, val = split_data(find_parts(root), root, val_rate, seed)
     if class_indices:
         save_json(dict(enumerate(classes)), class_indices)
-    return *with_labels(train, classes), *with_labels(val, classes)
+    return *train, *val
+
+
+def split_data(
+    parts: list[Images], root: str | Path, val_rate: float, seed: int
+) -> tuple[list[str], tuple, tuple]:
+    """The classes in sorted order; paths and class indices for training, and for validation."""
+    train, val = split_images(parts, val_rate, seed)  # {class: paths} each
+    require_classes(train, val, root)
+    classes = list(train)
+    return classes, with_labels(train, classes), with_labels(val, classes)
 
 
 def use_bfloat16(device: torch.device, amp: bool | None) -> bool:
@@ -111,7 +125,7 @@ def train_epoch(
     set_train_mode(model)
     if hasattr(data_loader, "set_epoch"):
         data_loader.set_epoch(epoch)
-    loss_sum, correct = torch.zeros(2, device=device)
+    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
     images_seen, start = 0, time.perf_counter()
     for images, labels in progress(data_loader, f"epoch {epoch + 1}"):
         images, labels = images.to(device), labels.to(device)
@@ -146,10 +160,10 @@ def validate(model: nn.Module, data_loader: Iterable, device: torch.device) -> T
     """Classify the data, (images or features, classes) as in `train_epoch`, in float32; returns
     what was counted: its `figures()` are loss, accuracy and so on."""
     model.eval()
-    tally = Tally(0)
+    tally = None
     for images, labels in progress(data_loader, "validation"):
         logits = model(images.to(device)).float()  # (N, classes)
-        if not tally.images:
+        if tally is None:
             tally = Tally(logits.shape[1])
         tally.add(logits.cpu().numpy(), labels.cpu().numpy())
-    return tally
+    return tally or Tally(0)

@@ -99,7 +99,7 @@ def main(args: Words = None) -> dict:
     for name, row in rows.items():
         cells = [f"{median(x):.4g} ({min(x):.4g} to {max(x):.4g})" for x in row.values()]
         table.append([name, *cells])
-    say(head, "", *(f"| {' | '.join(line)} |" for line in table), sep="\n")
+    say("\n".join([head, "", *(f"| {' | '.join(line)} |" for line in table)]))
     if args.what == "inference" and args.plot:
         draw_bars(rows, f"img/s, batch {max(args.batch_sizes)}", args.model, args.plot)
     return rows

@@ -64,7 +64,7 @@ def say_table(rows: list[dict]) -> None:
     """Print rows, whose keys are the head, as a Markdown table."""
     lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     shown = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in line] for line in lines]
-    say("", *(f"| {' | '.join(line)} |" for line in shown), sep="\n")
+    say("\n".join(["", *(f"| {' | '.join(line)} |" for line in shown)]))
 
 
 # -- What the networks cost ------------------------------------------------------------------------

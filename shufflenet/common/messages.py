@@ -40,10 +40,10 @@ def notice(text: str, *, everywhere: bool = False) -> None:
     print(rank + printable(text), file=sys.stderr, flush=True)
 
 
-def say(*text: str, sep: str = " ") -> None:
+def say(text: str) -> None:
     """Print a result to stdout, once."""
     if not RANK:
-        print(*text, sep=sep, flush=True)
+        print(text, flush=True)
 
 
 def progress(items: Iterable, title: str, total: int | None = None) -> Iterator:

@@ -23,8 +23,8 @@ class Classifier:
         classify("photo.jpg")  # [{"class": "tulips", "prob": 0.982}, ...], best first
 
     `weights` is an .onnx file of export.py, computed by a `runtime`, or a weight file, computed by
-    PyTorch on a `device`. So many `threads` may call it at the same time; each keeps to a core.
-    UsageError if what is asked for is not there, RunError if the file is damaged or foreign.
+    PyTorch on a `device`. Up to `threads` threads may call it at the same time; each keeps to a
+    core. UsageError if what is asked for is not there, RunError if the file is damaged or foreign.
     """
 
     def __init__(

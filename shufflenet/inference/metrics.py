@@ -59,9 +59,8 @@ def sum_up(tallies: list[Tally]) -> Tally:
     whole = Tally(max(len(tally.confusion) for tally in tallies))
     for tally in tallies:
         if tally.images:
-            whole.confusion += tally.confusion
-            whole.loss_sum += tally.loss_sum
-            whole.top5_hits += tally.top5_hits
+            for name, value in vars(tally).items():
+                setattr(whole, name, getattr(whole, name) + value)
     return whole
 
 
@@ -71,8 +70,8 @@ def measure(
     classes: Sequence[str],
     bad: BadImages,
 ) -> tuple[Tally, list[dict]]:
-    """Hold the path and answer of each image, as of runtimes.stream, against its class, an index;
-    returns the tally, and the mistakes, largest loss first."""
+    """Compare the answer for each image, of runtimes.stream, with the index of its class; returns
+    the tally, and the mistakes, largest loss first."""
     tally, mistakes = Tally(len(classes)), []
     for label, (path, answer) in zip(labels, answers, strict=True):
         if isinstance(answer, ImageError):

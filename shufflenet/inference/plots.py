@@ -109,7 +109,7 @@ def draw_sheet(cells: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
 
 class Panel(NamedTuple):
     """An image with what is said of it: the answer, whether that is right (None: nobody knows),
-    lines in small print, and what inference.Classifier.explain returns."""
+    lines in small print, and what Classifier.explain returns."""
 
     path: str
     answer: str

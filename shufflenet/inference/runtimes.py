@@ -1,7 +1,7 @@
 """Runtimes of exported networks, and images streamed through a network.
 
 A runtime is a function of images, uint8 (N, H, W, 3), to what the network makes of them, float32
-(N, outputs); each thread that calls it computes on one core. That of PyTorch is in device.py: with
+(N, outputs); each thread that calls it computes on one core. That of PyTorch is in pytorch.py: with
 an .onnx file torch is never imported, which saves more than a second.
 """
 
@@ -18,7 +18,7 @@ from shufflenet.inference.metadata import Metadata
 from shufflenet.reading.ahead import ahead
 from shufflenet.reading.image import ImageError, load_centre
 
-BATCH = 16  # images; more are slower on a CPU, see rewrite.py
+BATCH = 16  # images; more are slower on a CPU, see parallel.py
 Runtime = Callable[[np.ndarray], np.ndarray]
 
 
@@ -46,7 +46,7 @@ def open_onnx(path: Path, runtime_name: str, threads: int) -> tuple[Runtime, Met
 def takes_bytes(session: Callable[[np.ndarray], np.ndarray], preprocessing: dict) -> Runtime:
     """Wraps a function of normalised images, float32 (N, 3, H, W), so that it takes uint8
     (N, H, W, 3)."""
-    # (x / 255 - mean) / std, as device.Normalize
+    # (x / 255 - mean) / std, as pytorch.Normalize
     mean, std = np.array(preprocessing["mean"]), np.array(preprocessing["std"])
     scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 

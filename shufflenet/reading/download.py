@@ -25,15 +25,16 @@ def prepare_data(data_path: str) -> Path:
     empty. UsageError if it is no folder."""
     require_data(data_path)
     target = Path(data_path)
-    if data_path in DATASETS and not (target.exists() and any(target.iterdir())):
+    make = DATASETS.get(target.as_posix())
+    if make and not (target.exists() and any(target.iterdir())):
         target.parent.mkdir(parents=True, exist_ok=True)
-        DATASETS[data_path](target)
+        make(target)
     return target
 
 
 def require_data(data_path: str) -> None:
     """Raise UsageError unless the folder exists or is downloaded if absent."""
-    if data_path not in DATASETS and not os.path.isdir(data_path):
+    if Path(data_path).as_posix() not in DATASETS and not os.path.isdir(data_path):
         raise UsageError(f"--data-path {data_path}: no such folder; name that of the images")
 
 

@@ -93,7 +93,7 @@ def all_images(parts: list[Images]) -> Images:
 
 
 def fingerprint(parts: list[Images]) -> str:
-    """Of the names of classes and images: the same wherever the data set lies."""
+    """A hash of the names of classes and images: the same wherever the data set lies."""
     names = [
         (number, name, sorted(map(os.path.basename, paths)))
         for number, part in enumerate(parts)
@@ -145,7 +145,7 @@ def refuse_unknown(images: Images, classes: list[str], root: str | Path) -> None
 
 
 class BadImages:
-    """Images that cannot be read, of `total`: named once each, skipped while they are few."""
+    """The unreadable ones of `total` images: each is named once; they are skipped while few."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -155,9 +155,9 @@ class BadImages:
         """Note one; raises RunError when they are no longer few."""
         if error.path not in self.seen:
             notice(f"skipped: {error}", everywhere=True)
-        self.count([error.path])
+        self.note([error.path])
 
-    def count(self, paths: list[str]) -> None:
+    def note(self, paths: list[str]) -> None:
         """Note those that another process, or an earlier run, has tried to read."""
         self.seen.update(paths)
         if len(self.seen) > max(1, MOST_BAD * self.total):

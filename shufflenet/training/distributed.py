@@ -24,7 +24,7 @@ def join(device: torch.device) -> None:
     if LOCAL_WORLD < WORLD:
         torch.distributed.init_process_group(backend)
         return
-    # torchrun starts processes again with the same store: apart from the addresses of the dead.
+    # torchrun starts processes again with the same store, where the dead left their addresses.
     store, *_ = next(torch.distributed.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(attempt, store)

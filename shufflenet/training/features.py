@@ -126,7 +126,7 @@ def cached_features(
         missing = [paths[row] for row in np.flatnonzero(np.isnan(features[:, 0]))]
         for path in missing:
             notice(f"skipped: {path}: could not be read")
-        bad.count(missing)
+        bad.note(missing)
         return dict(zip(paths, features, strict=True))
 
     network = rewrite_for_inference(model)

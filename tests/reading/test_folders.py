@@ -186,5 +186,5 @@ def test_bad_images_are_named_once_and_may_be_a_tenth(capsys):
             bad.add(ImageError(f"{number}.jpg", reason))
     assert capsys.readouterr().err == "".join(f"skipped: {n}.jpg: empty\n" for n in range(4))
     with pytest.raises(RunError, match="^5 of 40 images cannot be .* than 10%: check the disk"):
-        bad.count(["3.jpg", "4.jpg"])
+        bad.note(["3.jpg", "4.jpg"])
     BadImages(3).add(ImageError("one", "may always be bad"))
