@@ -21,6 +21,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test soak lint clean
 
+# Beside other work torch's spinning threads would make training several times slower.
+demo: export OMP_WAIT_POLICY := PASSIVE
 demo: .venv/installed
 	$(VENV) tools/sample_flowers.py data/sample
 	$(VENV) train.py --data-path data/sample --model shufflenet_v2_x0_5 --epochs 20 --lr 0.02 --lrf 0.01
@@ -37,7 +39,8 @@ lint: .venv/installed-dev
 	$(VENV) -m ruff format --check .
 
 clean:
-	rm -rf .venv $(CACHE) .pytest_cache .ruff_cache __pycache__ t*/__pycache__
+	rm -rf .venv $(CACHE) .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: requirements.txt
 	mkdir -p $(CACHE)/tmp

@@ -72,6 +72,7 @@ def main(words: options.Words = None) -> dict:
     title = f"{part.split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
     figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
     plots.save_figure(figure, folder / "confusion_matrix.png")
+    (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier evaluation
     if mistakes:
         draw_mistakes(mistakes, folder / "mistakes.png")
     print_table(report, figures)

@@ -212,8 +212,10 @@ def main(words: options.Words = None) -> dict:
             train_set = training_set(*data.train, args, preprocessing, small_images)
             run.draw_samples(train_set)
             if recipe.fc_first and not run.history:  # as epoch 0
+                begun = time.perf_counter()
                 figures, confusion = train_fc(model, data, metadata, RECIPES["fc"], compute)
-                run.record(figures | {"epoch": 0}, confusion)
+                whole = {"epoch": 0, "seconds": time.perf_counter() - begun}
+                run.record(figures | whole, confusion)
                 notice(f"fc alone reaches {figures['val_accuracy']:.4f}; now all layers")
             train_layers(model, train_set, data, metadata, recipe, compute, run)
         run.finish()
@@ -231,7 +233,9 @@ def train_fc(
     """Train `fc` alone, as a head on features that are computed once: see features.py."""
     paths = [*data.train[0], *data.val[0]]
     with distributed.first_on_its_machine():
-        rows = features.cached_features(model, paths, metadata.preprocessing, compute, data.bad)
+        rows = features.cached_features(
+            model, paths, metadata.preprocessing, compute.device, data.bad
+        )
     head, train_loader, val_loader = features.head_and_loaders(
         model.fc, rows, data.train, data.own_val(), recipe.batch_size, metadata.args["seed"]
     )

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 from sample_flowers import draw_sample_flowers
 
+# Before torch is imported: two test processes share two cores. Scripts that they start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import export
 import train
 
-# Before torch is imported: two test processes share two cores. Scripts that they start inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
 
 

@@ -169,7 +169,7 @@ def run_script(main: Callable[[], object]) -> NoReturn:
         if isinstance(error, MemoryError) or re.search(lack, str(error)):
             text = "out of memory: use a smaller --batch-size"
         elif re.search("peer|[Gg]loo|NCCL", str(error)):  # of torchrun
-            text = f"another process ended, or cannot be reached: {str(error).splitlines()[0]}"
+            text = "another process ended, or cannot be reached"
         else:
             raise
     notice(f"error: {text}", everywhere=True)

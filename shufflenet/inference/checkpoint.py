@@ -186,7 +186,7 @@ def _variant_of(weights: dict[str, Tensor]) -> str | None:
         try:
             with torch.device("meta"):
                 model = build_model(name)
-        except NotImplementedError:  # a network of one's own that computes with values when built
+        except Exception:  # a network of one's own that computes with values when it is built
             continue
         if _shapes(model.state_dict(), fc=False) == _shapes(weights, fc=False):
             return name

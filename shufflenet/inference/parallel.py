@@ -13,13 +13,15 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from shufflenet.inference.pytorch import torch_threads
+
 PART = 16  # images at most: the fastest of 1, 2, 4 ... 64 for x0.5, x1.0 and v1
 
 
 def split_batch(x: Tensor, threads: int) -> Sequence[Tensor]:
     """A batch (N, ...) in even parts, one or more a thread, of at least two images if possible."""
-    count = max(-(-len(x) // PART), min(threads, len(x) // 2), 1)
-    return x.tensor_split(count)
+    rounds = -(-len(x) // (PART * threads))
+    return x.tensor_split(max(1, min(rounds * threads, len(x) // 2)))
 
 
 def run_in_parts(
@@ -67,8 +69,8 @@ class _Parts(torch.autograd.Function):
         total = list(total)
         for gradients in others:
             for place, more in enumerate(gradients):
-                if more is not None:
-                    total[place] = total[place] + more
+                if more is not None:  # a parameter may be unused in a part
+                    total[place] = more if total[place] is None else total[place] + more
         return None, None, None, *total
 
 
@@ -79,6 +81,7 @@ def _map(threads: int, function: Callable, *columns: Sequence) -> list:
 
     def work(*items: object) -> object:
         with (
+            torch_threads(1),
             torch.inference_mode(inference),
             torch.set_grad_enabled(grad),
             torch.autocast("cpu", dtype, enabled=amp),
@@ -90,5 +93,5 @@ def _map(threads: int, function: Callable, *columns: Sequence) -> list:
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that use one core each; a forked `process` has none of those of its parent."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    """Threads; a forked `process` has none of those of its parent."""
+    return ThreadPoolExecutor(threads)

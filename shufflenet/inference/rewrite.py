@@ -17,6 +17,8 @@ passes through as it is: correct, merely not faster.
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +35,12 @@ def rewrite_for_training(model: nn.Module, threads: int = 1) -> nn.Module:
     """A network with the parameters of `model`, to be trained in its place where batch norm is
     frozen: the same function and gradients, without a pass of batch norm over the activations. On a
     CPU several `threads` compute parts of a batch, where no layer sees more than one image."""
-    network = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    if not _agree(model, _fold_batch_norms(network, FoldedConv)):
+    trial = _try(_fold_for_training, model)
+    if not trial.exact:
         return model
+    network = _fold_for_training(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
     on_cpu = next(network.parameters()).device.type == "cpu"
-    if on_cpu and threads > 1 and all(type(module) in SEPARABLE for module in network.modules()):
+    if on_cpu and threads > 1 and trial.alone and not trial.random:
         return InParts(network, threads)
     return network
 
@@ -46,28 +49,69 @@ def rewrite_for_inference(model: nn.Module, threads: int | None = None) -> "Rewr
     """A network that computes what `model` computes in eval mode, faster, on the same device and in
     the same precision; `model` is left as it is. On a CPU so many `threads` compute parts of a
     batch, by default as many as torch uses."""
-    # In float64, to be rounded once; on the CPU, since Apple's GPU has none.
-    plain = copy.deepcopy(model).requires_grad_(False).eval().cpu().double()
-    network = _fold_batch_norms(copy.deepcopy(plain), fuse_conv_bn_eval)
-    if not _agree(plain, network := _deal_channels(network)):
-        network = plain
     like = next(model.parameters())
-    network = Rewritten(network.to(like.dtype), threads)
+    network = copy.deepcopy(model).requires_grad_(False).eval()
+    trial = _try(_fold_and_deal, network)
+    if trial.exact:
+        # In float64, to be rounded once; on the CPU, since Apple's GPU has none.
+        network = _fold_and_deal(network.cpu().double()).to(like.dtype)
+    network = Rewritten(network, threads, in_parts=like.device.type == "cpu" and trial.alone)
     return network.to(like.device, memory_format=memory_format(like.device))
 
 
+def _fold_for_training(network: nn.Module) -> nn.Module:
+    return _fold_batch_norms(network, FoldedConv)
+
+
+def _fold_and_deal(network: nn.Module) -> nn.Module:
+    return _deal_channels(_fold_batch_norms(network, fuse_conv_bn_eval))
+
+
+class Trial(NamedTuple):
+    """What a rewrite did to a network; nothing is claimed of one that has no known parts."""
+
+    exact: bool = False  # it is the same function
+    alone: bool = False  # an image does not see the others of its batch
+    random: bool = True  # something is drawn while it learns
+
+
+_trials: dict[tuple, Trial] = {}  # by rewrite and structure, since one takes a tenth of a second
+
+
+def _try(rewrite: Callable[[nn.Module], nn.Module], model: nn.Module) -> Trial:
+    """Try a rewrite in float64 on random weights, since model.py is there to be edited: a unit may
+    no longer do what is known of it here."""
+    kinds = [type(module) for module in model.modules()]
+    if not any(kind in KNOWN for kind in kinds):
+        return Trial()
+    details = [module.extra_repr() for module in model.modules()]
+    key = (rewrite, *(kind.forward for kind in kinds), *details)
+    if key not in _trials:
+        plain = copy.deepcopy(model).cpu().double().eval()
+        generator, state = torch.Generator().manual_seed(0), torch.get_rng_state()
+        try:
+            _trials[key] = _compare(rewrite, plain, generator)
+        except Exception:  # the rewrite, or the size tried, does not even fit
+            _trials[key] = Trial()
+        torch.set_rng_state(state)
+    return _trials[key]
+
+
 @torch.no_grad()
-def _agree(model: nn.Module, network: nn.Module) -> bool:
-    """Whether a network and its rewrite are the same function. They are tried, since model.py is
-    there to be edited: a unit may no longer do what is known of it here."""
-    if not any(type(module) in KNOWN for module in model.modules()):
-        return True  # nothing was rewritten
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    try:
-        expected, found = (copy.deepcopy(n).cpu().double().eval()(x) for n in (model, network))
-    except RuntimeError:  # the shapes of an edited unit
-        return False
-    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+def _compare(rewrite: Callable, network: nn.Module, generator: torch.Generator) -> Trial:
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    for value in [*network.parameters(), *network.buffers()]:
+        if value.dim() > 1:
+            value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5, generator=generator)
+    expected, one = network(x), network(x[:1])
+    rewritten = rewrite(network)
+    found, state = rewritten(x), torch.get_rng_state()
+    rewritten.train()(x)
+    close = partial(torch.allclose, rtol=0, atol=1e-9 * expected.abs().max().item())
+    drawn = not torch.equal(state, torch.get_rng_state())
+    return Trial(close(found, expected), close(expected[:1], one), drawn)
 
 
 def _fold_batch_norms(network: nn.Module, fold: Callable) -> nn.Module:
@@ -120,40 +164,32 @@ class FoldedConv(nn.Module):
         )
 
 
-# Kinds of layers for which an image is alone in its batch. None of batch norm: all is folded.
-SEPARABLE = (*KNOWN, FoldedConv, nn.AvgPool2d, nn.Conv2d, nn.Identity, nn.Linear, nn.MaxPool2d)
-SEPARABLE += (nn.ReLU, nn.Sequential)
-
-
 class Rewritten(nn.Module):
     """What `rewrite_for_inference` returns; it is called as the network that it was made from."""
 
-    def __init__(self, network: nn.Module, threads: int | None) -> None:
+    def __init__(self, network: nn.Module, threads: int | None, in_parts: bool) -> None:
         super().__init__()
-        self.network, self.threads = network, threads
+        self.network, self.threads, self.in_parts = network, threads, in_parts
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) to what `fc` sees, (N, channels)."""
-        return self._in_parts(self.network.forward_features, x)
+        return self._run(self.network.forward_features, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to logits (N, num_classes)."""
-        return self._in_parts(self.network, x)
+        return self._run(self.network, x)
 
-    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = x.to(memory_format=memory_format(x.device))
-        return run_in_parts(function, x, self.threads) if x.device.type == "cpu" else function(x)
-
-
-FOLDED = (InvertedResidual, nn.Conv2d, nn.ReLU, nn.Sequential)  # what units of v2 then consist of
+        return run_in_parts(function, x, self.threads) if self.in_parts else function(x)
 
 
 def _deal_channels(network: nn.Module) -> nn.Module:
     """Rewrite the stages of v2 whose units are folded."""
     if type(network) is ShuffleNetV2:
         stages = nn.Sequential(network.stage2, network.stage3, network.stage4)
-        layers = [layer for stage in stages for unit in stage for layer in unit.modules()]
-        if all(type(layer) in FOLDED for layer in layers):
+        layers = {type(layer) for stage in stages for unit in stage for layer in unit.modules()}
+        if layers == {InvertedResidual, nn.Conv2d, nn.ReLU, nn.Sequential}:
             network.stage2 = DealtStage(network.stage2)
             network.stage3 = DealtStage(network.stage3, network.stage2.order)
             network.stage4 = DealtStage(network.stage4, network.stage3.order)

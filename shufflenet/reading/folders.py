@@ -83,6 +83,8 @@ def find_parts(root: str | Path) -> list[Images]:
     if len(parts) == 1:
         todo = f"make a val/ of class folders beside it, or name {parts[0]} to draw a part of it"
         raise UsageError(f"{root} holds train/ alone: {todo}")
+    if parts[1].name.lower() == "test":
+        notice(f"{root} holds no val/: test/ is taken for validation")
     return [find_images(part) for part in parts[:2]]
 
 

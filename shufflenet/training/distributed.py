@@ -7,6 +7,7 @@ share of the images, and the first (rank 0) prints and writes.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import nn
@@ -21,14 +22,19 @@ def join(device: torch.device) -> None:
     if WORLD == 1:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "mps":
+        raise UsageError("--device mps: several processes cannot share Apple's GPU; start one")
+    patient = {"timeout": timedelta(days=1)}  # while the first downloads, or computes features
     if LOCAL_WORLD < WORLD:
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group(backend, **patient)
         return
     # torchrun starts processes again with the same store, where the dead left their addresses.
     store, *_ = next(torch.distributed.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(attempt, store)
-    torch.distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=RANK, world_size=WORLD, **patient
+    )
 
 
 def share(items: Sequence) -> Sequence:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from shufflenet.common.files import replacing
 from shufflenet.common.messages import RunError, notice, progress
-from shufflenet.inference.pytorch import Compute, torch_runtime
+from shufflenet.common.options import cores
+from shufflenet.inference.pytorch import torch_runtime
 from shufflenet.inference.rewrite import rewrite_for_inference
 from shufflenet.inference.runtimes import stream
 from shufflenet.reading.ahead import batches
@@ -111,12 +112,13 @@ def cached_features(
     model: nn.Module,
     paths: Sequence[str],
     preprocessing: dict,
-    compute: Compute,
+    device: torch.device,
     bad: BadImages,
 ) -> dict[str, np.ndarray]:
     """The features of images, {path: float32 (channels,)}, not a number where one cannot be read.
     They are kept in `CACHE`, in a file named by a hash of the weights, the preprocessing and every
-    image's place, size and time, and read from there the next time."""
+    image's place, size and time, and read from there the next time. Other processes of the machine
+    wait meanwhile: all cores are used."""
     paths = sorted(paths)  # another split of the same images finds the same file
     file, features = CACHE / f"{_key(model, paths, preprocessing)}.npy", None
     with suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
@@ -130,9 +132,9 @@ def cached_features(
         return dict(zip(paths, features, strict=True))
 
     network = rewrite_for_inference(model)
-    runtime = torch_runtime(network.forward_features, compute.device, preprocessing)
+    runtime = torch_runtime(network.forward_features, device, preprocessing)
     features = np.empty((len(paths), model.fc.in_features), np.float32)
-    start, answers = time.perf_counter(), stream(paths, runtime, preprocessing, compute.threads)
+    start, answers = time.perf_counter(), stream(paths, runtime, preprocessing, cores())
     for row, (_, answer) in enumerate(progress(answers, "computing features", len(paths))):
         if isinstance(answer, ImageError):
             bad.add(answer)

@@ -8,7 +8,7 @@ from torch import nn
 
 from model import build_model
 from shufflenet.inference.parallel import InParts, run_in_parts, split_batch
-from shufflenet.inference.rewrite import rewrite_for_training
+from shufflenet.inference.rewrite import rewrite_for_inference, rewrite_for_training
 from utils import freeze_batch_norm, set_train_mode
 
 NAMES = ["shufflenet_v2_x0_5", "shufflenet_v1_x0_25_g3"]
@@ -49,8 +49,8 @@ def test_the_gradients_are_those_of_the_whole_batch(name, images, threads):
 
 
 def test_parts_are_even_and_of_two_images_at_least():
-    sizes = {n: [len(part) for part in split_batch(torch.zeros(n, 1), 4)] for n in (1, 3, 16, 70)}
-    assert sizes == {1: [1], 3: [3], 16: [4] * 4, 70: [14] * 5}
+    sizes = {n: [len(part) for part in split_batch(torch.zeros(n, 1), 4)] for n in (1, 3, 16, 72)}
+    assert sizes == {1: [1], 3: [3], 16: [4] * 4, 72: [9] * 8}  # as many for each thread
 
 
 def test_the_modes_of_the_caller_hold_in_every_part():
@@ -79,10 +79,40 @@ def test_an_exception_of_a_part_reaches_the_caller_whose_threads_stay():
     assert learner(torch.randn(4, 3, 64, 64)).shape == (4, 5)
 
 
-def test_a_layer_that_may_see_the_batch_is_computed_whole():
+class Batchwise(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Drawing(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("layer", [Batchwise(), Drawing(), nn.Dropout(0.5)])
+def test_a_layer_that_sees_the_batch_or_draws_is_computed_whole(layer):
+    """Threads would draw in an order of their own."""
     model = frozen()
-    model.stage4.append(nn.Dropout(0.5))
+    model.stage4.append(layer)
     assert not isinstance(rewrite_for_training(model, 2), InParts)
+    x = torch.randn(6, 3, 64, 64)
+    whole = rewrite_for_inference(model, 2)(x)
+    torch.testing.assert_close(whole, model.eval()(x), rtol=1e-4, atol=1e-5)
     model.stage4[-1] = nn.Identity()
     assert isinstance(rewrite_for_training(model, 2), InParts)
     assert not isinstance(rewrite_for_training(model, 1), InParts)  # as torchrun gives
+
+
+def test_a_parameter_may_be_unused_in_a_part():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.scale * (self.fc(x) if x[0, 0] > 0 else x)
+
+    learner = InParts(network := Sometimes(), 2)
+    x = torch.tensor([[-1.0, 1], [-1, 1], [1, 1], [1, 1]])
+    learner(x).sum().backward()
+    assert network.fc.bias.grad.tolist() == [2, 2]

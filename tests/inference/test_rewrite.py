@@ -158,7 +158,15 @@ def swapped(self, x):
     return channel_shuffle(torch.cat((self.branch1(left), right), dim=1), 2)
 
 
-@pytest.mark.parametrize("forward", [squeezed, swapped])
+def unrolled(self, x):
+    """Or called layer by layer: the same, but nothing may be deleted."""
+    left, right = x.chunk(2, dim=1) if self.stride == 1 else (x, x)
+    for place in range(8):
+        right = self.branch2[place](right)
+    return channel_shuffle(torch.cat((self.branch1(left), right), dim=1), 2)
+
+
+@pytest.mark.parametrize("forward", [squeezed, swapped, unrolled])
 def test_a_unit_that_was_edited_passes_through(model, monkeypatch, forward):
     monkeypatch.setattr(InvertedResidual, "plain", InvertedResidual.forward, raising=False)
     monkeypatch.setattr(InvertedResidual, "forward", forward)

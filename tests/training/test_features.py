@@ -14,14 +14,12 @@ import utils
 from model import build_model, default_preprocessing
 from my_dataset import DeviceLoader, evaluation_set
 from shufflenet.common.messages import RunError
-from shufflenet.inference.pytorch import Compute
 from shufflenet.reading.folders import BadImages, find_images, with_labels
 from shufflenet.training import features
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 CPU = torch.device("cpu")
-COMPUTE = Compute(CPU, threads=2, amp=False)
 CLOSE = {"rtol": 1e-4, "atol": 1e-3}  # features are up to 50 and differ by 1.5 between images
 PREPROCESSING = default_preprocessing("shufflenet_v2_x0_5")
 
@@ -44,14 +42,14 @@ def images(flowers):
 
 
 def compute(network, paths, preprocessing=PREPROCESSING):
-    rows = features.cached_features(network, paths, preprocessing, COMPUTE, BadImages(10))
+    rows = features.cached_features(network, paths, preprocessing, CPU, BadImages(10))
     assert rows.keys() == set(paths)
     return np.stack([rows[path] for path in paths])
 
 
 def head_and_loaders(network, train, val):
     paths = [*train[0], *val[0]]
-    rows = features.cached_features(network, paths, PREPROCESSING, COMPUTE, BadImages(10))
+    rows = features.cached_features(network, paths, PREPROCESSING, CPU, BadImages(10))
     return features.head_and_loaders(network.fc, rows, train, val, 3, seed=3)
 
 
