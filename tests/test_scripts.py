@@ -259,7 +259,7 @@ def test_training_images_may_be_small_and_partly_hidden(flowers, tmp_path, monke
     def spy(self, x):
         # The mean colour, 0 once normalised up to rounding, in 2 % of an image or more.
         hidden = (x.abs() < 0.01).all(1).float().mean((1, 2)) > 0.019
-        if self.training:
+        if self.training and x.dtype == torch.float32:  # else a rewrite is tried
             seen.add((x.shape[-1], hidden.all().item(), hidden.any().item()))
         return forward(self, x)
 

@@ -91,6 +91,8 @@ def _try(rewrite: Callable[[nn.Module], nn.Module], model: nn.Module) -> Trial:
         generator, state = torch.Generator().manual_seed(0), torch.get_rng_state()
         try:
             _trials[key] = _compare(rewrite, plain, generator)
+        except MemoryError:
+            raise
         except Exception:  # the rewrite, or the size tried, does not even fit
             _trials[key] = Trial()
         torch.set_rng_state(state)

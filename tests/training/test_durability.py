@@ -43,7 +43,10 @@ def test_a_run_that_ends_anywhere_goes_on(flowers, tmp_path, monkeypatch, torchv
     forward, words = torch.nn.Linear.forward, small(flowers, tmp_path / "parts", *more)
     for moment in moments:
         calls = [forward] * (moment - 1)  # then it ends with an error
-        until = lambda self, x, left=calls: left.pop()(self, x)  # noqa: E731
+
+        def until(self, x, left=calls):
+            return left.pop()(self, x) if x.dtype == torch.float32 else forward(self, x)  # a trial
+
         with monkeypatch.context() as patch, pytest.raises(IndexError):
             patch.setattr(torch.nn.Linear, "forward", until)
             train.main(words)
