@@ -40,7 +40,7 @@ def rewrite_for_training(model: nn.Module, threads: int = 1) -> nn.Module:
         return model
     network = _fold_for_training(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
     on_cpu = next(network.parameters()).device.type == "cpu"
-    if on_cpu and threads > 1 and trial.alone and not trial.random:
+    if on_cpu and threads > 1 and trial.learns_alone:
         return InParts(network, threads)
     return network
 
@@ -72,7 +72,7 @@ class Trial(NamedTuple):
 
     exact: bool = False  # it is the same function
     alone: bool = False  # an image does not see the others of its batch
-    random: bool = True  # something is drawn while it learns
+    learns_alone: bool = False  # nor while it learns, and nothing is drawn
 
 
 _trials: dict[tuple, Trial] = {}  # by rewrite and structure, since one takes a tenth of a second
@@ -85,7 +85,8 @@ def _try(rewrite: Callable[[nn.Module], nn.Module], model: nn.Module) -> Trial:
     if not any(kind in KNOWN for kind in kinds):
         return Trial()
     details = [module.extra_repr() for module in model.modules()]
-    key = (rewrite, *(kind.forward for kind in kinds), *details)
+    frozen = [parameter.requires_grad for parameter in model.parameters()]
+    key = (rewrite, *(kind.forward for kind in kinds), *details, *frozen)
     if key not in _trials:
         plain = copy.deepcopy(model).cpu().double().eval()
         generator, state = torch.Generator().manual_seed(0), torch.get_rng_state()
@@ -109,11 +110,12 @@ def _compare(rewrite: Callable, network: nn.Module, generator: torch.Generator) 
             value.uniform_(0.5, 1.5, generator=generator)
     expected, one = network(x), network(x[:1])
     rewritten = rewrite(network)
-    found, state = rewritten(x), torch.get_rng_state()
-    rewritten.train()(x)
+    found = rewritten(x)
+    learning, learning_one = rewritten.train()(x), rewritten(x[:1])
     close = partial(torch.allclose, rtol=0, atol=1e-9 * expected.abs().max().item())
-    drawn = not torch.equal(state, torch.get_rng_state())
-    return Trial(close(found, expected), close(expected[:1], one), drawn)
+    return Trial(
+        close(found, expected), close(expected[:1], one), close(learning[:1], learning_one)
+    )
 
 
 def _fold_batch_norms(network: nn.Module, fold: Callable) -> nn.Module:

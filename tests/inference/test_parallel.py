@@ -89,7 +89,7 @@ class Drawing(nn.Module):
         return nn.functional.dropout(x, 0.5, self.training)
 
 
-@pytest.mark.parametrize("layer", [Batchwise(), Drawing(), nn.Dropout(0.5)])
+@pytest.mark.parametrize("layer", [Batchwise(), Drawing(), nn.Dropout(0.5), nn.BatchNorm2d(192)])
 def test_a_layer_that_sees_the_batch_or_draws_is_computed_whole(layer):
     """Threads would draw in an order of their own."""
     model = frozen()
@@ -101,6 +101,8 @@ def test_a_layer_that_sees_the_batch_or_draws_is_computed_whole(layer):
     model.stage4[-1] = nn.Identity()
     assert isinstance(rewrite_for_training(model, 2), InParts)
     assert not isinstance(rewrite_for_training(model, 1), InParts)  # as torchrun gives
+    model.requires_grad_(True)  # batch norm learns
+    assert not isinstance(rewrite_for_training(model, 2), InParts)
 
 
 def test_a_parameter_may_be_unused_in_a_part():
