@@ -1,5 +1,6 @@
 # make demo   train on drawn flowers for about a minute, then classify one
 # make test   lint and test
+# make gpu    check training and inference on a GPU of NVIDIA; two minutes
 # make soak   kill training 100 times and see that nothing is lost; half an hour
 # make lint   check style, change nothing
 #
@@ -19,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where this is set, every process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test gpu soak lint clean
 
 # Beside other work torch's spinning threads would make training several times slower.
 demo: export OMP_WAIT_POLICY := PASSIVE
@@ -30,6 +31,9 @@ demo: .venv/installed
 
 test: lint
 	$(VENV) -m pytest -n 2 --dist worksteal --basetemp=$(CACHE)/pytest
+
+gpu: .venv/installed-dev
+	$(VENV) -m pytest -m gpu --basetemp=$(CACHE)/pytest
 
 soak: .venv/installed
 	$(VENV) tests/soak.py --kills 100

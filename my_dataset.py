@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from model import IMAGENET_MEAN
 from shufflenet.common.messages import RunError
-from shufflenet.inference.pytorch import Normalize
+from shufflenet.inference.pytorch import Normalize, move
 from shufflenet.reading.ahead import ahead, batches
 from shufflenet.reading.folders import BadImages
 from shufflenet.reading.image import ImageError, load_centre, load_crop, load_rgb
@@ -231,8 +231,8 @@ class DeviceLoader:
         return items
 
     def _on_device(self, images: Sequence, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
-        labels = torch.tensor(labels).to(self.device)
+        labels = move(torch.tensor(labels), self.device)
         if isinstance(images[0], Tensor):  # of a Compose, normalised there
-            return torch.stack(images).to(self.device), labels
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # NHWC -> NCHW
-        return self.normalize(pixels.to(self.device)), labels
+            return move(torch.stack(images), self.device), labels
+        pixels = move(torch.from_numpy(np.stack(images)), self.device)
+        return self.normalize(pixels.permute(0, 3, 1, 2)), labels  # NHWC -> NCHW

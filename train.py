@@ -12,6 +12,7 @@ events. Prints a line per epoch and, last, one JSON object.
 import argparse
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Iterable
@@ -194,6 +195,8 @@ def main(words: options.Words = None) -> dict:
     cores = max(1, options.cores() // distributed.LOCAL_WORLD)
     amp = not cached and use_bfloat16(device, args.amp)
     compute = pytorch.Compute(device, min(torch.get_num_threads(), cores), amp)
+    if not cached:
+        say_what_waits(recipe, compute)
 
     # Output.
     folder = options.make_folder(args.output_dir, args.name or args.model)
@@ -222,6 +225,21 @@ def main(words: options.Words = None) -> dict:
     return report(run, data, start)
 
 
+def say_what_waits(recipe: Recipe, compute: pytorch.Compute) -> None:
+    """Tell, before the work, where cores would wait: see parallel.py."""
+    threads, size = compute.threads, recipe.batch_size
+    if compute.device.type != "cpu" or threads == 1:
+        return
+    if recipe.freeze_bn and size // 2 < threads:
+        todo = "a larger one is faster (multiply --lr alike)"
+        notice(f"--batch-size {size} keeps {max(1, size // 2)} of {threads} cores busy: {todo}")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    waiting = not recipe.freeze_bn and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE"
+    if waiting and load > 0.5 and load + threads > options.cores():
+        todo = "set OMP_WAIT_POLICY=PASSIVE in the environment"
+        notice(f"other work (load {load:.1f}) slows torch's threads several times: {todo}")
+
+
 def train_fc(
     model: nn.Module,
     data: Data,
@@ -233,11 +251,11 @@ def train_fc(
     """Train `fc` alone, as a head on features that are computed once: see features.py."""
     paths = [*data.train[0], *data.val[0]]
     with distributed.first_on_its_machine():
-        rows = features.cached_features(
+        cached = features.cached_features(
             model, paths, metadata.preprocessing, compute.device, data.bad
         )
     head, train_loader, val_loader = features.head_and_loaders(
-        model.fc, rows, data.train, data.own_val(), recipe.batch_size, metadata.args["seed"]
+        model.fc, cached, data.train, data.own_val(), recipe.batch_size, metadata.args["seed"]
     )
     with pytorch.torch_threads(1):  # a head is too small to be shared: threads would wait
         return fit(model, head, train_loader, val_loader, recipe, compute, run)

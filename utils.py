@@ -11,6 +11,7 @@ from torch import nn
 from shufflenet.common.files import save_json
 from shufflenet.common.messages import RunError, progress
 from shufflenet.inference.metrics import Tally
+from shufflenet.inference.pytorch import exact_float32
 from shufflenet.reading.folders import (
     Images,
     find_parts,
@@ -155,6 +156,7 @@ def train_epoch(
     }
 
 
+@exact_float32()
 @torch.inference_mode()
 def validate(model: nn.Module, data_loader: Iterable, device: torch.device) -> Tally:
     """Classify the data, (images or features, classes) as in `train_epoch`, in float32; returns

@@ -76,10 +76,12 @@ def test_train_says_what_differs(flowers, torchvision_file, in_process, elsewher
     assert benchmark.RECIPE.split(" ", 1)[1] in (ROOT / "README.md").read_text()
     monkeypatch.setitem(benchmark.OURS, "all", {benchmark.RECIPE: "much"})
     words = ["train", flowers, *X0_5, "--weights", torchvision_file, "--epochs", 1, "--seeds", 1]
+    words += ["--beside", 1]
     rows = benchmark.main([*words, "--workers", 0, "--layers", "all"])
     assert len(rows) == 2
     for name, row in rows.items():
-        assert list(row) == ["seconds", "times faster", "accuracy"]
+        assert list(row)[2:] == ["seconds an epoch", "times faster an epoch", "accuracy"]
+        assert row["seconds an epoch"][0] < row["seconds"][0]
         assert ("differs: " in name) == (not name.endswith("baseline.py"))
 
 

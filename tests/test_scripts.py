@@ -171,6 +171,33 @@ def test_what_is_omitted_depends_on_what_learns(words, new_fc, expected, capsys)
     )
 
 
+BUSY = "other work (load 1.0) slows torch's threads several times: set OMP_WAIT_POLICY=PASSIVE"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "threads", "load", "policy", "expected"),
+    [
+        ("finetune", "cpu", 8, 1.0, "", ""),
+        ("finetune", "cpu", 16, 1.0, "", "--batch-size 16 keeps 8 of 16 cores busy"),
+        ("finetune", "cuda", 16, 1.0, "", ""),
+        ("scratch", "cpu", 8, 1.0, "", BUSY),
+        ("scratch", "cpu", 8, 0.2, "", ""),
+        ("scratch", "cpu", 4, 1.0, "", ""),  # leaves cores to others
+        ("scratch", "cpu", 8, 1.0, "PASSIVE", ""),
+        ("scratch", "cuda", 8, 1.0, "", ""),
+    ],
+)
+def test_cores_that_would_wait_are_told(
+    recipe, device, threads, load, policy, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr("train.options.cores", lambda: 8)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    train.say_what_waits(train.RECIPES[recipe], Compute(torch.device(device), threads, False))
+    said = capsys.readouterr().err
+    assert (expected in said) if expected else not said
+
+
 def test_what_cannot_be_had_is_one_line_with_the_place_to_put_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens

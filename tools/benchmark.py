@@ -10,6 +10,7 @@ Prints a Markdown table: median (smallest to largest). FOLDER holds a folder per
 
 # ruff: noqa: E402
 import contextlib
+import csv
 import itertools
 import json
 import os
@@ -80,6 +81,7 @@ def build_parser() -> Parser:
             add("--layers", nargs="+", choices=OURS, default=list(OURS), help="what is trained")
             add("--epochs", default=30, help="of every run", **count)
             add("--seeds", default=3, help="turns of every candidate, from seed 0 on", **count)
+            add("--beside", type=int, default=0, metavar="N", help="busy processes beside all")
             add("--workers", type=int, default=cores() - 1, help="that read images")
     return parser
 
@@ -197,6 +199,24 @@ def measure_scripts(args: Namespace) -> Iterator[tuple[str, dict]]:
 
 def measure_training(args: Namespace) -> Iterator[tuple[str, dict]]:
     """Train with the same images, epochs and seeds; yields names and figures, turn by turn."""
+    with busy_processes(args.beside):
+        yield from train_in_turns(args)
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Other work for the machine: so many processes that use a core each, as far as they get it."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(loop) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def train_in_turns(args: Namespace) -> Iterator[tuple[str, dict]]:
     shutil.copy(args.weights, "weights.pth")
     for seed, layers in itertools.product(range(args.seeds), args.layers):
         # In memory for all alike, and at a new place: no features of it are cached.
@@ -208,10 +228,20 @@ def measure_training(args: Namespace) -> Iterator[tuple[str, dict]]:
         for name, differs in OURS[layers].items():
             row = f"{layers}: {name} (differs: {differs})"
             commands[row] = f"{name.partition(',')[0]} {common}"
+        base = None
         for name, output, figures in take_turn(commands):
-            accuracy = json.loads(output.splitlines()[-1])["best_accuracy"]
-            yield name, figures | {"accuracy": accuracy}
+            summary = json.loads(output.splitlines()[-1])
+            epoch = median(summary.get("epoch_seconds") or epoch_seconds(summary["output_dir"]))
+            base = base or epoch
+            figures |= {"seconds an epoch": epoch, "times faster an epoch": base / epoch}
+            yield name, figures | {"accuracy": summary["best_accuracy"]}
         shutil.rmtree(images)
+
+
+def epoch_seconds(run: str) -> list[float]:
+    """What each epoch of a run took with its validation, but for epoch 0, `fc` alone."""
+    with open(Path(run, "metrics.csv"), newline="") as file:
+        return [float(row["seconds"]) for row in csv.DictReader(file) if row["epoch"] != "0"]
 
 
 def take_turn(commands: dict[str, str]) -> Iterator[tuple[str, str, dict]]:

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import IO
 
 from shufflenet.common.messages import UsageError, notice
 
+WINDOWS = os.name == "nt"
 # Names of images and classes come from the file system, where they may be any bytes.
 UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
@@ -26,7 +28,7 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _put_in_place(temporary, path)
     except OSError as error:
         error.filename = str(path)  # a full disk does not say where
         raise
@@ -34,19 +36,42 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """On Windows a file that another program has open cannot be replaced; scanners soon let go."""
+    tries = 20 if WINDOWS else 1
+    while True:
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            tries -= 1
+            if not tries:
+                raise
+            time.sleep(0.1)
+
+
+@contextmanager
+def if_possible() -> Iterator[None]:
+    """Go on without the file that the block writes: no run ends because a table is open."""
+    try:
+        yield
+    except PermissionError as error:
+        notice(f"{error.filename} stays as it was: {error.strerror}; close it where it is open")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Have a folder to oneself while the process lives; UsageError if another has it."""
     with open(folder / ".lock", "a+b") as file:
         try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
+            if WINDOWS:
                 import msvcrt
 
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 todo = "wait for it, or name another --output-dir"

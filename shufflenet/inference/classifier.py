@@ -23,8 +23,9 @@ class Classifier:
         classify("photo.jpg")  # [{"class": "tulips", "prob": 0.982}, ...], best first
 
     `weights` is an .onnx file of export.py, computed by a `runtime`, or a weight file, computed by
-    PyTorch on a `device`. Up to `threads` threads may call it at the same time; each keeps to a
-    core. UsageError if what is asked for is not there, RunError if the file is damaged or foreign.
+    PyTorch on a `device`. On a CPU up to `threads` threads may call it at the same time; each
+    keeps to a core. UsageError if what is asked for is not there, RunError if the file is damaged
+    or foreign.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Classifier:
         threads: int = 1,
     ) -> None:
         self.weights = require_weights(weights)
-        self._network = None  # of PyTorch
+        self._network, self._on_gpu = None, False  # of PyTorch
         if self.weights.suffix.lower() == ".onnx":
             if device not in ("auto", "cpu"):
                 raise UsageError(
@@ -56,6 +57,7 @@ class Classifier:
         from shufflenet.inference.rewrite import rewrite_for_inference
 
         self._device = choose_device(device_name)
+        self._on_gpu = self._device.type != "cpu"
         model, self.metadata = load_trained(self.weights)
         self._network = rewrite_for_inference(model.to(self._device))
         self.computed_by = f"PyTorch on {self._device}"
@@ -65,7 +67,8 @@ class Classifier:
         self, images: Sequence[Picture], threads: int = 1
     ) -> Iterator[tuple[Picture, np.ndarray | ImageError]]:
         """Each image in order, and its logits (classes,), or why it cannot be read."""
-        return stream(images, self.runtime, self.metadata.preprocessing, threads)
+        preprocessing = self.metadata.preprocessing
+        return stream(images, self.runtime, preprocessing, threads, on_gpu=self._on_gpu)
 
     def __call__(self, image: Picture, topk: int = 5) -> list[dict]:
         """The `topk` best classes of an image; ImageError if it cannot be read."""

@@ -94,29 +94,43 @@ OPENERS = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
 
 
 def stream(
-    paths: Sequence[str | Path | IO[bytes]], runtime: Runtime, preprocessing: dict, threads: int
+    paths: Sequence[str | Path | IO[bytes]],
+    runtime: Runtime,
+    preprocessing: dict,
+    threads: int,
+    on_gpu: bool = False,
 ) -> Iterator[tuple[str | Path | IO[bytes], np.ndarray | ImageError]]:
     """Run a network on image files, with threads that each read some and compute them on one core:
-    none waits for another, and no more images are in memory than the threads have in hand.
+    none waits for another, and no more images are in memory than the threads have in hand. For a
+    network `on_gpu` the threads only read, and it is run by the caller's.
 
     Yields for each path, in order, the path and its row (outputs,), or the error that says why it
     could not be read. RunError if an answer is not finite.
     """
 
-    def work(batch: Sequence) -> list[tuple]:
-        images, errors = [], []
+    def read(batch: Sequence) -> list[tuple]:
+        items = []
         for path in batch:
             try:
-                images.append(load_centre(path, preprocessing))
-                errors.append(None)
+                items.append((path, load_centre(path, preprocessing)))
             except ImageError as error:
-                errors.append(error)
+                items.append((path, error))
+        return items
+
+    def answer(items: list[tuple]) -> list[tuple]:
+        images = [item for _, item in items if not isinstance(item, ImageError)]
         outputs = runtime(np.stack(images)) if images else np.empty(0)
         if not np.isfinite(outputs).all():
             raise RunError("the answers are not finite: use other weights, or a smaller --lr")
         rows = iter(outputs)
-        return [(path, error or next(rows)) for path, error in zip(batch, errors, strict=True)]
+        return [
+            (path, item if isinstance(item, ImageError) else next(rows)) for path, item in items
+        ]
 
     parts = (paths[first : first + BATCH] for first in range(0, len(paths), BATCH))
-    for answered in ahead(work, parts, threads):
-        yield from answered
+    if on_gpu:
+        answered = map(answer, ahead(read, parts, threads))
+    else:
+        answered = ahead(lambda batch: answer(read(batch)), parts, threads)
+    for answers in answered:
+        yield from answers

@@ -18,8 +18,8 @@ from shufflenet.inference.metrics import Tally, sum_up
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, to share gradients on a `device`."""
-    if WORLD == 1:
+    """Meet the other processes, to share gradients on a `device`; torchrun may start only one."""
+    if WORLD == 1 and not torch.distributed.is_torchelastic_launched():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "mps":
@@ -44,7 +44,7 @@ def share(items: Sequence) -> Sequence:
 
 def gather(value: object) -> list:
     """The values of all processes, by rank."""
-    if WORLD == 1:
+    if not torch.distributed.is_initialized():
         return [value]
     values = [None] * WORLD
     torch.distributed.all_gather_object(values, value)
@@ -70,14 +70,14 @@ def first_on_its_machine() -> Iterator[None]:
 def wrap(learner: nn.Module, device: torch.device) -> nn.Module:
     """A network whose gradients are the mean over all processes, with the parameters of `learner`.
     Batch norm that learns sees the images of its own process."""
-    if WORLD == 1:
+    if not torch.distributed.is_initialized():
         return learner
     return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
 
 def share_statistics(learner: nn.Module) -> None:
     """Give all processes the statistics of batch norm of the first."""
-    if WORLD > 1:
+    if torch.distributed.is_initialized():
         for buffer in learner.buffers():
             torch.distributed.broadcast(buffer, 0)
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from shufflenet.common.files import replacing, save_json, save_rows
+from shufflenet.common.files import if_possible, replacing, save_json, save_rows
 from shufflenet.common.messages import UsageError, notice, printable
 from shufflenet.common.options import Parser
 from shufflenet.inference import checkpoint, plots
@@ -147,6 +147,7 @@ class RunFolder:
         state["learning"] = self._learning
         checkpoint.save(self._usable() | state, self.folder / "last.pth")
 
+    @if_possible()
     def _save_metrics(self) -> None:
         pairs = zip(self.history, self.seconds, strict=True)
         rows = [row | {"seconds": round(seconds, 2)} for row, seconds in pairs]
@@ -162,6 +163,7 @@ class RunFolder:
         self._writer.add_scalar("images_per_second", images_per_second, row["epoch"])
         self._writer.flush()
 
+    @if_possible()
     def draw_samples(self, dataset: Dataset) -> None:
         """Draw samples.png: some of the images that are trained on, evenly spread, with their
         classes."""
@@ -195,9 +197,14 @@ class RunFolder:
 
     def _draw(self) -> None:
         """Draw the curves, and the confusion matrix of the best epoch; list its confusions."""
-        plots.save_figure(plots.draw_curves(self.history, self.best), self.folder / "curves.png")
+        with if_possible():
+            plots.save_figure(
+                plots.draw_curves(self.history, self.best), self.folder / "curves.png"
+            )
         title = f"validation, epoch {self.best['epoch']}, accuracy {self.best['accuracy']:.3f}"
         counts, classes = self.best["confusion"].numpy(), self.metadata.classes
-        save_rows(confusions(counts, classes), self.folder / "confusions.csv")
-        figure = plots.draw_confusion_matrix(counts, classes, title)
-        plots.save_figure(figure, self.folder / "confusion_matrix.png")
+        with if_possible():
+            save_rows(confusions(counts, classes), self.folder / "confusions.csv")
+        with if_possible():
+            figure = plots.draw_confusion_matrix(counts, classes, title)
+            plots.save_figure(figure, self.folder / "confusion_matrix.png")

@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from shufflenet.common.files import UTF8, locked, replacing, save_json, save_rows
+from shufflenet.common.files import UTF8, if_possible, locked, replacing, save_json, save_rows
 from shufflenet.common.messages import UsageError
 
 
@@ -47,6 +47,29 @@ def test_what_fails_while_it_is_written_leaves_the_file_before(path, error):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error is TypeError or caught.value.filename == str(path)
     assert (path.read_bytes(), os.listdir(path.parent)) == (b"old", ["x"])
+
+
+@pytest.mark.parametrize("system", ["nt", "posix"])
+def test_a_file_that_is_open_elsewhere_under_windows(path, monkeypatch, capsys, system):
+    """A scanner lets go at once, a spreadsheet does not; a table is then left as it was."""
+    replace, refusals = os.replace, ["the scanner"]
+
+    def refuse(*names):
+        if refusals:
+            refusals.pop()
+            raise PermissionError(13, "Permission denied")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr("shufflenet.common.files.WINDOWS", system == "nt")
+    with if_possible():
+        save_json(1, path)
+    assert path.read_text() == {"nt": "1\n", "posix": "old"}[system]
+    refusals += ["the spreadsheet"] * 99
+    with if_possible():
+        save_json(2, path)
+    assert f"{path} stays as it was: Permission denied" in capsys.readouterr().err
+    assert os.listdir(path.parent) == ["x"]
 
 
 HOLD = """

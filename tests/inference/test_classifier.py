@@ -127,16 +127,17 @@ def test_an_image_that_cannot_be_read_is_an_answer_of_its_own(paths, tmp_path, m
     assert list(stream([], mean_colour, SIZES, threads=1)) == []
 
 
-def test_a_gpu_computes_one_batch_at_a_time(paths, monkeypatch):
-    monkeypatch.setattr(runtimes, "BATCH", 1)
-    busy = threading.Lock()
+def test_a_gpu_is_fed_by_the_thread_that_asks(paths):
+    asked = threading.get_ident()
 
     def model(x):
-        assert busy.acquire(blocking=False)
-        time.sleep(0.01)
-        busy.release()
+        assert threading.get_ident() == asked
         return x.mean((2, 3))
 
     gpu = type("Gpu", (str,), {"type": "mps"})("cpu")  # the CPU in the part of a GPU
     run = torch_runtime(model, gpu, {"mean": [0.0] * 3, "std": [1.0] * 3})
-    assert len(list(stream(paths, run, SIZES, threads=4))) == 40
+    found = list(stream(paths, run, SIZES, threads=4, on_gpu=True))
+    expected = stream(paths, mean_colour, SIZES, threads=1)
+    for (path, row), (same, mean) in zip(found, expected, strict=True):
+        assert path == same
+        np.testing.assert_allclose(255 * row, mean, rtol=1e-5)
