@@ -90,7 +90,7 @@ def test_features_are_computed_once_and_fc_learns_as_in_one_process(flowers, tor
     train.main(small(flowers, "one", *words))
     summary, _, err = torchrun(2, *small(flowers, "two", *words))
     assert summary["epochs"] == 3
-    assert err.count("features of 40 images computed") == 1
+    assert err.count("features of 39 images computed") == 1
     assert err.count("skipped: data/tulips/tulips_000.jpg: ") == 1
     for ours, theirs in zip(history("two"), history("one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
@@ -163,7 +163,8 @@ def test_a_network_that_the_user_wrapped_trains_and_is_evaluated(tmp_path):
     try:
         torch.manual_seed(0)
         model = build_model("shufflenet_v2_x0_5", 3)
-        loader = FeatureLoader(torch.randn(8, 3, 64, 64), torch.arange(8) % 3, 4, 0)
+        images, rows = torch.randn(8, 3, 64, 64), torch.arange(8)
+        loader = FeatureLoader(images, rows, rows % 3, 4, 0)
         wrapped = DistributedDataParallel(model)
         optimizer = torch.optim.SGD(wrapped.parameters(), 0.01)
         before = model.fc.weight.clone()
