@@ -4,27 +4,25 @@
     python eval.py --data-path FOLDER --split all
 
 Measures the validation part of the data that the run was trained on, or all of another folder, or
-the val/ that lies in it. Prints a table of the classes and, last, one JSON object. Writes to the
-output folder: confusion_matrix.png, confusions.csv, mistakes.png (the wrong answers with the
-largest loss), mistakes.csv (all of them) and per_class.csv.
+the val/ that lies in it, and says how many of these images the network was trained on. Prints a
+table of the classes and, last, one JSON object. Writes to the output folder: confusion_matrix.png,
+confusions.csv, mistakes.png (the wrong answers with the largest loss), mistakes.csv (all of them)
+and per_class.csv.
 """
 
 import argparse
-import json
-import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from shufflenet import Classifier
 from shufflenet.common import options
-from shufflenet.common.files import save_rows
-from shufflenet.common.messages import UsageError, notice, printable, progress, say
+from shufflenet.common.files import if_possible, save_rows
+from shufflenet.common.messages import UsageError, notice, printable, progress, say, say_json
 from shufflenet.inference import plots
+from shufflenet.inference.metadata import Metadata
 from shufflenet.inference.metrics import class_report, confusions, measure
 from shufflenet.reading import download, folders
 
-WORDNET = re.compile(r"n\d{8}")  # the name of a class folder of ImageNet
 MISTAKES = 16  # images in mistakes.png
 
 
@@ -34,7 +32,7 @@ def build_parser() -> options.Parser:
     add = parser.add_argument_group("data").add_argument
     add("--data-path", metavar="DIR",
         help="a folder per class, or train/ and val/ of such (if omitted: that of the run)")
-    add("--split", choices=("val", "train", "all"),
+    add("--split", choices=("val", "test", "train", "all"),
         help="part to measure (if omitted: val if there is one or the run knows it, else all)")
     options.add_inference(parser.add_argument_group("network"))
     parser.add_argument_group("output").add_argument("--output-dir", metavar="DIR",
@@ -53,48 +51,42 @@ def main(words: options.Words = None) -> dict:
     network = Classifier(weights, args.device, args.runtime, args.workers)
     notice(f"{weights}: {network.metadata}; {network.computed_by}")
 
-    part, classes = choose_part(network, args), network.classes
-    if len(part.images) == len(classes) == 1000 and all(map(WORDNET.fullmatch, part.images)):
-        classes = list(part.images)  # folders of ImageNet, which are in the order of its classes
-    folders.refuse_unknown(part.images, classes, part.root)
-    paths, labels = folders.with_labels(part.images, classes)
-    notice(f"{part.root}: {part.split}, {len(paths)} images; {part.whose}")
+    root, split, images = choose_part(network, args)
+    classes = folders.names_of_folders(images, network.classes)
+    folders.refuse_unknown(images, classes, root)
+    paths, labels = folders.with_labels(images, classes)
+    notice(f"{root}: {split}, {len(paths)} images; {say_trained_on(network.metadata, paths)}")
 
-    folder = options.make_folder(args.output_dir, f"eval-{part.split}")
+    folder = options.make_folder(args.output_dir, f"eval-{split}")
     bad = folders.BadImages(len(paths))
     answers = progress(network.stream(paths, args.workers), "evaluating", len(paths))
     tally, mistakes = measure(answers, labels, classes, bad)
     figures, report = tally.figures(), class_report(tally.confusion, classes)
 
-    save_rows(report, folder / "per_class.csv")
-    save_rows(mistakes, folder / "mistakes.csv")
-    save_rows(confusions(tally.confusion, classes), folder / "confusions.csv")
-    title = f"{part.split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
-    figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
-    plots.save_figure(figure, folder / "confusion_matrix.png")
-    (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier evaluation
-    if mistakes:
-        draw_mistakes(mistakes, folder / "mistakes.png")
+    tables = {"per_class": report, "mistakes": mistakes}
+    tables["confusions"] = confusions(tally.confusion, classes)
+    for name, rows in tables.items():
+        with if_possible():
+            save_rows(rows, folder / f"{name}.csv")
+    with if_possible():
+        title = f"{split}, {tally.images} images, accuracy {figures['accuracy']:.3f}"
+        figure = plots.draw_confusion_matrix(tally.confusion, classes, title)
+        plots.save_figure(figure, folder / "confusion_matrix.png")
+    with if_possible():
+        (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier evaluation
+        if mistakes:
+            draw_mistakes(mistakes, folder / "mistakes.png")
     print_table(report, figures)
     summary = {"top5": None} | figures | {"images": tally.images, "bad_images": len(bad.seen)}
-    summary |= {"split": part.split, "weights": str(weights)}
+    summary |= {"split": split, "weights": str(weights)}
     summary |= {"seconds": round(time.perf_counter() - start, 2), "output_dir": str(folder)}
-    say(json.dumps(summary))
+    say_json(summary)
     return summary | {"per_class": report}
 
 
-@dataclass(frozen=True)
-class Part:
-    """The images to measure by class, and what they are to the run."""
-
-    root: Path
-    images: folders.Images
-    split: str
-    whose: str
-
-
-def choose_part(network: Classifier, args: argparse.Namespace) -> Part:
-    """Find the images to measure; UsageError if nobody says where they are."""
+def choose_part(network: Classifier, args: argparse.Namespace) -> tuple[Path, str, folders.Images]:
+    """The folder, the name of a part of it, and the images of that; UsageError if nobody says where
+    they are, or there is no such part."""
     run = network.metadata.args
     data_path = args.data_path or run.get("data_path")
     if not data_path:
@@ -102,17 +94,24 @@ def choose_part(network: Classifier, args: argparse.Namespace) -> Part:
         raise UsageError(f"{network.weights} {what}: add --data-path")
     root = download.prepare_data(data_path)
     parts = folders.find_parts(root)
-    trained_on = folders.fingerprint(parts) == run.get("data")
-    split = args.split or ("val" if trained_on or len(parts) == 2 else "all")
+    known = folders.fingerprint(parts, root) == run.get("data")
+    split = args.split or ("val" if known or "val" in parts else "all")
     if split == "all":
-        images = folders.all_images(parts)
-    else:
-        train, val = folders.split_images(parts, run.get("val_rate") or 0.2, run.get("seed") or 0)
-        images = val if split == "val" else train
-    whose = f"{'what' if trained_on else 'another set than'} the run was trained on"
-    if not trained_on and str(root.resolve()) == run.get("data_path"):
-        whose = "changed since the run learnt from it, which flatters accuracy"
-    return Part(root, images, split, whose)
+        return root, split, folders.all_images(parts)
+    parts = folders.split_images(parts, run.get("val_rate") or 0.2, run.get("seed") or 0)
+    if split not in parts:
+        raise UsageError(f"--split {split}: {root} has no such part, but {' and '.join(parts)}")
+    return root, split, parts[split]
+
+
+def say_trained_on(metadata: Metadata, paths: list[str]) -> str:
+    """How many of some images the network was trained on, by their names and sizes."""
+    if not metadata.trained_on:
+        return "the weights do not say which were trained on"
+    known = set(metadata.trained_on)
+    count = sum(not known.isdisjoint(folders.image_hashes([path])) for path in paths)
+    least = "at least " * (len(known) == folders.MOST_HASHES)
+    return f"{least}{count} of them were trained on, by name and size"
 
 
 def draw_mistakes(mistakes: list[dict], path: Path) -> None:

@@ -14,23 +14,31 @@ the processor has VNNI instructions.
 On a CPU with bfloat16 OpenVINO computes in it unless INFERENCE_PRECISION_HINT is "f32".
 """
 
-import json
 import os
 
 from shufflenet.common import options
 from shufflenet.common.files import replacing, save_json
-from shufflenet.common.messages import RunError, UsageError, notice, say
+from shufflenet.common.messages import RunError, UsageError, notice, say_json
 from shufflenet.inference.checkpoint import load_trained
 from shufflenet.inference.onnx_file import (
+    OPSETS,
     add_metadata,
     describe,
     difference,
+    lower,
     require_packages,
     to_onnx,
 )
 from shufflenet.inference.quantize import quantize_and_measure
 from shufflenet.inference.rewrite import rewrite_for_inference
-from shufflenet.reading.folders import find_parts, refuse_unknown, split_images
+from shufflenet.reading.folders import (
+    find_parts,
+    names_of_folders,
+    refuse_unknown,
+    require_classes,
+    split_images,
+    with_labels,
+)
 
 TOLERANCE = 1e-5  # largest difference of a logit, over the largest logit
 
@@ -38,10 +46,13 @@ TOLERANCE = 1e-5  # largest difference of a logit, over the largest logit
 def build_parser() -> options.Parser:
     parser = options.Parser(description="Write a trained network as an ONNX file.")
     # fmt: off
-    parser.add_argument("--weights", metavar="FILE",
-        help="best.pth of a run, or a bare state dict (if omitted: the newest runs/*/best.pth)")
+    parser.add_argument("--weights", type=options.weights_file, metavar="FILE",
+        help="best.pth of a run or the run's folder, or a bare state dict (if omitted: the newest "
+        "runs/*/best.pth)")
     parser.add_argument("--output", default="model.onnx", metavar="FILE",
         help="file to write; a .json of the same name describes it")
+    parser.add_argument("--opset", type=int, choices=OPSETS, default=OPSETS[-1],
+        help="of ONNX; older software wants 13 or 11")
     parser.add_argument("--int8", metavar="DIR",
         help="compute in 8 bits: a folder laid out as for train.py, whose training images "
         "calibrate and whose validation images measure")
@@ -56,16 +67,19 @@ def main(words: options.Words = None) -> dict:
     output = options.check_file("--output", args.output, (".onnx",))
     if args.int8 and not os.path.isdir(args.int8):
         raise UsageError(f"--int8 {args.int8}: no such folder")
+    if args.int8 and args.opset < 13:
+        raise UsageError(f"--opset {args.opset}: --int8 needs 13 or 18")
     require_packages()
 
     network, metadata = load_trained(weights)
     if args.int8:
         split = [metadata.args.get("val_rate") or 0.2, metadata.args.get("seed") or 0]
-        train, val = split_images(find_parts(args.int8), *split)
-        refuse_unknown(train | val, metadata.classes, args.int8)
+        train, val = require_classes(split_images(find_parts(args.int8), *split), args.int8)
+        classes = names_of_folders(train, metadata.classes)
+        refuse_unknown(train, classes, args.int8)
     notice(f"{weights}: {metadata}; {output} follows in some ten seconds")
     crop = metadata.preprocessing["crop"]
-    model = to_onnx(rewrite_for_inference(network).network, crop)
+    model = lower(to_onnx(rewrite_for_inference(network).network, crop), args.opset)
     add_metadata(model, metadata)
     data = model.SerializeToString()
     figures = {"largest_difference": difference(network, data, crop)}
@@ -73,6 +87,7 @@ def main(words: options.Words = None) -> dict:
         apart = f"{figures['largest_difference']:.2g} of the largest where {TOLERANCE} is allowed"
         raise RunError(f"{output} is not written: ONNX Runtime's logits are off by {apart}")
     if args.int8:
+        train, val = with_labels(train, classes), with_labels(val, classes)
         data, more = quantize_and_measure(data, metadata, train, val)
         figures |= more
     with replacing(output) as file:
@@ -80,7 +95,7 @@ def main(words: options.Words = None) -> dict:
     save_json(describe(metadata), output.with_suffix(".json"))
     summary = {"output": str(output), "weights": str(weights), "model": metadata.model_name}
     summary |= {"classes": len(metadata.classes), "megabytes": round(len(data) / 1e6, 2)} | figures
-    say(json.dumps(summary))
+    say_json(summary)
     return summary
 
 

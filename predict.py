@@ -11,7 +11,7 @@ each and a summary. An image that cannot be read is named on stderr, the others 
 the exit code is 1. From Python: `from shufflenet import Classifier`.
 """
 
-import json
+import glob
 import os
 import time
 from collections import Counter
@@ -19,8 +19,17 @@ from collections import Counter
 from shufflenet import Classifier
 from shufflenet.common import options
 from shufflenet.common.files import save_rows
-from shufflenet.common.messages import RunError, UsageError, notice, printable, progress, say
-from shufflenet.reading.folders import images_below
+from shufflenet.common.messages import (
+    RunError,
+    UsageError,
+    listed,
+    notice,
+    printable,
+    progress,
+    say,
+    say_json,
+)
+from shufflenet.reading.folders import images_below, nfc
 from shufflenet.reading.image import ImageError
 
 PANELS = 32  # images in a plot
@@ -51,9 +60,7 @@ def build_parser() -> options.Parser:
 def main(words: options.Words = None) -> list[dict]:
     """Classify as the args say; returns what `--json` prints."""
     args = build_parser().parse_args(words)
-    for place in args.images:
-        if not os.path.isdir(place):
-            options.require_path(place, "image")
+    paths = find_paths(args.images)
     weights = options.require_weights(args.weights)
     if args.explain and weights.suffix.lower() == ".onnx":
         raise UsageError(f"--explain: {weights} has no feature maps; use a .pth file")
@@ -63,7 +70,6 @@ def main(words: options.Words = None) -> list[dict]:
     if args.output:
         options.check_file("--output", args.output, (".csv",))
 
-    paths = find_paths(args.images)
     # The names of the classes come from the file; of a bare state dict: checkpoint.load_trained.
     classifier = Classifier(weights, args.device, args.runtime, args.workers)
     notice(f"{weights}: {classifier.metadata}; {classifier.computed_by}")
@@ -80,14 +86,15 @@ def main(words: options.Words = None) -> list[dict]:
         guesses = classifier.best_classes(answer, args.topk or 5)
         results.append({"path": path, "predictions": guesses, "weights": str(weights)})
         if args.json and not args.output:
-            say(json.dumps(results[-1]))
+            say_json(results[-1])
         elif not args.output:
             say(text_of(results[-1], args.topk, alone=len(paths) == 1))
     if args.output:
         save_rows([row_of(result) for result in results], args.output)
+        notice(f"wrote {args.output}")
     if len(paths) > 1:
         counts = Counter(result["predictions"][0]["class"] for result in results)
-        parts = ", ".join(f"{name} {count}" for name, count in counts.most_common(20))
+        parts = listed([f"{name} {count}" for name, count in counts.most_common()])
         notice(f"{len(results)} images in {time.perf_counter() - start:.1f} s: {parts}")
     if results and (plot or args.show):
         draw(results, classifier, args.explain, plot, args.show)
@@ -97,13 +104,21 @@ def main(words: options.Words = None) -> list[dict]:
 
 
 def find_paths(places: list[str]) -> list[str]:
-    """The images named, and those in and below the folders named, in the order given."""
-    paths = []
+    """The images named, and those in and below the folders named, in the order given. A pattern
+    that the shell left alone is expanded. UsageError if there is no such file, or no image."""
+    paths, skipped = [], Counter()
     for place in places:
-        found = images_below(place, Counter()) if os.path.isdir(place) else [place]
+        found = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
         if not found:
-            raise UsageError(f"{place}: no images in it, by their suffix")
-        paths += found
+            options.require_path(place, "image")
+        for path in found:
+            below = images_below(path, skipped) if os.path.isdir(path) else [path]
+            if not below:
+                raise UsageError(f"{path}: no images in it, by their suffix")
+            paths += below
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
+        notice(f"skipped: {kinds}")
     return paths
 
 
@@ -139,13 +154,14 @@ def draw(
         first, *others = (
             f"{plots.short(g['class'])} {g['prob']:.3f}" for g in result["predictions"]
         )
-        truth = os.path.basename(os.path.dirname(result["path"]))
+        truth = nfc(os.path.basename(os.path.dirname(result["path"])))
         best = result["predictions"][0]["class"]
         right = truth == best if truth in classifier.classes else None
         heat = classifier.explain(result["path"], best) if explain else None
         panels.append(plots.Panel(result["path"], first, right, others, heat))
     if plot:
         plots.save_figure(plots.draw_images(panels), plot)
+        notice(f"wrote {plot}")
     if show:
         plots.show_images(panels)
 

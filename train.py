@@ -10,7 +10,6 @@ events. Prints a line per epoch and, last, one JSON object.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -28,7 +27,7 @@ from torch import nn
 from model import VARIANTS, build_model, default_preprocessing, takes_small_images
 from my_dataset import DeviceLoader, MyDataSet, evaluation_set, training_set
 from shufflenet.common import files, options
-from shufflenet.common.messages import RunError, UsageError, notice, say
+from shufflenet.common.messages import RunError, UsageError, notice, say, say_json
 from shufflenet.inference import checkpoint, pytorch, rewrite
 from shufflenet.inference.metadata import Metadata
 from shufflenet.inference.parallel import InParts
@@ -94,7 +93,7 @@ def build_parser() -> options.Parser:
     add = parser.add_argument_group("network").add_argument
     add("--model", default="shufflenet_v2_x1_0", metavar="NAME",
         help=f"one of {', '.join(VARIANTS)}")
-    add("--weights", default="", metavar="FILE",
+    add("--weights", default="", type=options.weights_file, metavar="FILE",
         help="weights to start from: a file, or 'imagenet' for torchvision's (downloaded)")
     add("--freeze-layers", nargs="?", const=True, default=False, type=options.true_or_false,
         metavar="true|false", help="train only the last layer, fc")
@@ -150,8 +149,8 @@ class Data:
     """Paths of images, and the index of the class of each, to train and to validate on."""
 
     classes: list[str]
-    train: tuple[list[str], list[int]]
-    val: tuple[list[str], list[int]]
+    train: folders.Part
+    val: folders.Part
     fingerprint: str
     bad: folders.BadImages
 
@@ -182,7 +181,7 @@ def main(words: options.Words = None) -> dict:
     # Network, and how it is trained.
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # CUDA's convolutions repeat their results
-    small_images = choose_small_images(args, data.train[0][0])
+    small_images = choose_small_images(args, data.train[0])
     model, fc_is_new = build_network(args, data.classes, small_images, state)
     model.to(device, memory_format=pytorch.memory_format(device))
     recipe = choose_recipe(args, fc_is_new, small_images)
@@ -202,8 +201,10 @@ def main(words: options.Words = None) -> dict:
     folder = options.make_folder(args.output_dir, args.name or args.model)
     settings = describe(args, data, state) | asdict(recipe)
     settings |= {"small_images": small_images, "output_dir": str(folder), "data_path": str(root)}
+    settings["fc_is_new"] = fc_is_new
     preprocessing = default_preprocessing(args.model, small_images)
-    metadata = Metadata(args.model, data.classes, preprocessing, settings)
+    hashes = folders.image_hashes(data.train[0])
+    metadata = Metadata(args.model, data.classes, preprocessing, settings, hashes)
     first = distributed.RANK == 0
     with files.locked(folder) if first else nullcontext():
         run = RunFolder(folder, model, metadata, state, writes=first)
@@ -231,13 +232,14 @@ def say_what_waits(recipe: Recipe, compute: pytorch.Compute) -> None:
     if compute.device.type != "cpu" or threads == 1:
         return
     if recipe.freeze_bn and size // 2 < threads:
-        todo = "a larger one is faster (multiply --lr alike)"
-        notice(f"--batch-size {size} keeps {max(1, size // 2)} of {threads} cores busy: {todo}")
+        todo = "a larger --batch-size is faster (multiply --lr alike)"
+        notice(f"a batch of {size} keeps {max(1, size // 2)} of {threads} cores busy: {todo}")
+    # The load is that of all cores, of which a container may have only some.
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     waiting = not recipe.freeze_bn and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE"
-    if waiting and load > 0.5 and load + threads > options.cores():
+    if waiting and load > 0.5 and load + threads > (os.cpu_count() or 1):
         todo = "set OMP_WAIT_POLICY=PASSIVE in the environment"
-        notice(f"other work (load {load:.1f}) slows torch's threads several times: {todo}")
+        notice(f"the machine was busy (load {load:.1f}); other work slows torch's threads: {todo}")
 
 
 def train_fc(
@@ -297,7 +299,7 @@ def fit(
 
     `model` is the network that is saved; `learner` is what computes in its place while it learns:
     itself, its rewrite, or a head on cached features. A `run` keeps every epoch, and goes on where
-    it ended. RunError if the loss is not finite.
+    it ended; weights whose `fc` fits are its epoch 0. RunError if the loss is not finite.
     """
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
@@ -307,6 +309,12 @@ def fit(
     figures, confusion = {}, None
     if run:
         run.restore(learner, optimizer)
+        if not run.history and not run.metadata.args["fc_is_new"]:
+            start = time.perf_counter()
+            figures, confusion = validated(model, learner, val_loader, compute)
+            row = {"epoch": 0, "lr": 0.0} | figures | {"seconds": time.perf_counter() - start}
+            run.record(row, confusion, learner, optimizer)
+            notice(f"the loaded weights reach {figures['val_accuracy']:.4f}")
     for epoch in range(run.epoch if run else 0, recipe.epochs):
         if run and run.stalled:
             notice("stopped: --patience epochs have brought nothing better")
@@ -322,21 +330,29 @@ def fit(
         distributed.share_statistics(learner)
         if isinstance(learner, features.Head):
             learner.fold_into(model.fc)
-            network = learner
-        else:
-            network = rewrite.rewrite_for_inference(model, compute.threads)
-        tally = validate(network, val_loader, compute.device)
-        tally = distributed.total(tally)
-        validated = {f"val_{name}": value for name, value in tally.figures().items()}
-        if not math.isfinite(validated["val_loss"]):
-            loss = validated["val_loss"]
-            raise RunError(f"the loss is {loss} in validation: use a smaller --lr (now {lr:.3g})")
-        figures = {"epoch": epoch + 1, "lr": lr} | distributed.mean(trained) | validated
-        figures["seconds"], confusion = time.perf_counter() - start, tally.confusion
+        figures, confusion = validated(model, learner, val_loader, compute)
+        figures = {"epoch": epoch + 1, "lr": lr} | distributed.mean(trained) | figures
+        figures["seconds"] = time.perf_counter() - start
         if run:
             better = run.record(figures, confusion, learner, optimizer)
-            say_epoch(figures, recipe.epochs, better)
+            if better or epoch + 1 == recipe.epochs or not isinstance(learner, features.Head):
+                say_epoch(figures, recipe.epochs, better)
     return figures, confusion
+
+
+def validated(
+    model: nn.Module, learner: nn.Module, val_loader: Iterable, compute: pytorch.Compute
+) -> tuple[dict[str, float], np.ndarray]:
+    """Validate a head, or the network that is saved of another learner; figures and confusion
+    matrix of all processes. RunError if the loss is not finite."""
+    network = learner
+    if not isinstance(learner, features.Head):
+        network = rewrite.rewrite_for_inference(model, compute.threads)
+    tally = distributed.total(validate(network, val_loader, compute.device))
+    figures = {f"val_{name}": value for name, value in tally.figures().items()}
+    if not math.isfinite(figures["val_loss"]):
+        raise RunError(f"the loss is {figures['val_loss']} in validation: use a smaller --lr")
+    return figures, tally.confusion
 
 
 def say_epoch(figures: dict, epochs: int, better: bool) -> None:
@@ -350,14 +366,18 @@ def say_epoch(figures: dict, epochs: int, better: bool) -> None:
                 name = name.removeprefix(f"{side}_")
                 shown.append(f"{'acc' if name == 'accuracy' else name} {value:.4f}")
         words.append(" ".join(shown))
-    words += [f"{figures['seconds']:.1f} s", f"{figures['images_per_second']:.0f} img/s"]
-    words += [f"{left} left", *(["best"] if better else [])]
+    if figures["seconds"] > 0.1:  # else `fc` alone, on cached features
+        words += [f"{figures['seconds']:.1f} s", f"{figures['images_per_second']:.0f} img/s"]
+        words.append(f"{left} left")
+    words += ["best"] if better else []
     say("  ".join(words))
 
 
 def report(run: RunFolder, data: Data, start: float) -> dict:
     """Say what came of it, and what to do next; `start` is of time.perf_counter."""
     best_file = run.folder / "best.pth"
+    if run.epoch and not run.best["epoch"]:
+        notice("training brought nothing better than epoch 0, with which it began")
     next_step = f"python predict.py IMAGE --weights {best_file}, or python eval.py"
     notice(f"{best_file} holds epoch {run.best['epoch']}; next: {next_step}")
     summary = {
@@ -369,7 +389,7 @@ def report(run: RunFolder, data: Data, start: float) -> dict:
         "seconds": round(time.perf_counter() - start, 2),
         "output_dir": str(run.folder),
     }
-    say(json.dumps(summary))
+    say_json(summary)
     return summary
 
 
@@ -398,6 +418,8 @@ def check(args: argparse.Namespace, typed: argparse.Namespace, state: dict | Non
     if distributed.WORLD > 1 and not args.output_dir:
         todo = "processes that are started again look for the run there; name one"
         raise UsageError(f"--output-dir is missing: {todo}")
+    if args.name and Path(args.name).name != args.name:
+        raise UsageError(f"--name {args.name}: no place but a name; --output-dir names a place")
     if args.model not in VARIANTS:
         first = ", ".join([*VARIANTS][:4])
         raise UsageError(f"--model {args.model} is not there: use {first}, or another of --help")
@@ -429,6 +451,9 @@ def check(args: argparse.Namespace, typed: argparse.Namespace, state: dict | Non
         raise UsageError(
             "--fc-first: there are no trained layers for fc to learn on; add --weights"
         )
+    crop = default_preprocessing(args.model)["crop"]
+    if (args.train_size or 0) > crop:
+        notice(f"crops to train on are {args.train_size} pixels, evaluation stays at {crop}")
     if (args.freeze_layers or args.freeze_bn) and not args.weights:
         notice("what is frozen holds random weights: add --weights")
 
@@ -437,8 +462,14 @@ def read_data(args: argparse.Namespace, state: dict | None) -> Data:
     """List the images and split them."""
     root = args.data_path
     parts = folders.find_parts(root)
+    fingerprint = folders.fingerprint(parts, root)
+    if state and state["args"]["data"] != fingerprint:
+        changed = f"{root} holds other images than when the run began"
+        if "all" in parts:  # best_accuracy would be of images that were trained on
+            todo = "restore them, or start a new run with --weights best.pth"
+            raise UsageError(f"{changed}, of which another part would be drawn to validate: {todo}")
+        notice(changed)
     classes, train, val = split_data(parts, root, args.val_rate, args.seed)
-    fingerprint = folders.fingerprint(parts)
     if state and state["classes"] != classes:
         raise UsageError(f"--data-path {root}: the run was trained on other classes")
     distributed.require_same(fingerprint, f"{root} holds other images than rank 0 sees")
@@ -451,16 +482,17 @@ def read_data(args: argparse.Namespace, state: dict | None) -> Data:
     return Data(classes, train, val, fingerprint, folders.BadImages(count + len(val[0])))
 
 
-def choose_small_images(args: argparse.Namespace, first_image: str) -> bool:
+def choose_small_images(args: argparse.Namespace, paths: list[str]) -> bool:
     """Whether the network is made for images of some 32 pixels."""
     small, possible = args.small_images, takes_small_images(args.model)
     if small is None and args.weights not in ("", "imagenet"):
         small = checkpoint.is_of_small_images(args.weights)
     elif small is None:
+        some = paths[:: -(-len(paths) // 9)]
         omitted = not (args.weights or args.train_size)
-        small = possible and omitted and image.is_small(first_image)
+        small = possible and omitted and sum(map(image.is_small, some)) > len(some) / 2
         if small:
-            notice("--small-images: the first image is small (--no-small-images enlarges them)")
+            notice("the images are small, and so is the network (--no-small-images enlarges them)")
     if small and not possible:
         raise UsageError(f"--small-images: {args.model} is not made for them; omit it")
     if small and args.train_size:
@@ -475,6 +507,7 @@ def build_network(
     model, fc_is_new = build_model(args.model, len(classes), small_images), True
     if state:
         checkpoint.load_weights(model, state["model"], "last.pth")
+        fc_is_new = state["args"].get("fc_is_new", True)
     elif args.weights:
         fc_is_new = checkpoint.load_pretrained(model, args.model, args.weights, classes)
     return model, fc_is_new
@@ -483,15 +516,16 @@ def build_network(
 def choose_recipe(args: argparse.Namespace, fc_is_new: bool, small_images: bool) -> Recipe:
     """The recipe for what learns, with what was typed in place of its values. A new `fc` on trained
     layers is trained first: the gradients that it sends through them mean nothing yet."""
-    cached = args.freeze_layers and args.cache_features
     fc_first = args.fc_first
+    if fc_first and not fc_is_new:
+        raise UsageError("--fc-first: fc of these weights is trained; omit it")
     if fc_first is None:
         fc_first = bool(
             args.weights and fc_is_new and args.cache_features and not args.freeze_layers
         )
-    if cached:
+    if args.freeze_layers and args.cache_features:
         kind = "fc"
-    elif fc_first:
+    elif fc_first or (args.weights and not fc_is_new):  # larger steps would undo what was learnt
         kind = "finetune"
     elif small_images:
         kind = "small"
@@ -499,7 +533,7 @@ def choose_recipe(args: argparse.Namespace, fc_is_new: bool, small_images: bool)
         kind = "scratch"
     typed = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     typed = {name: value for name, value in typed.items() if value is not None}
-    recipe = replace(RECIPES[kind], **typed)
+    recipe = replace(RECIPES[kind], **typed | {"fc_first": fc_first})
     notice(f"recipe {kind}: {recipe}")
     return recipe
 
@@ -511,11 +545,9 @@ def describe(args: argparse.Namespace, data: Data, state: dict | None) -> dict:
     began["typed"] = shlex.join(args.words)
     if state:
         began = {name: state["args"][name] for name in began}
-    if began["data"] != data.fingerprint:
-        notice(f"{args.data_path} holds other images than when the run began")
     kept = {name: value for name, value in vars(args).items() if name not in ("words", "resume")}
     return kept | {"processes": distributed.WORLD} | began
 
 
 if __name__ == "__main__":
-    options.run_script(main)
+    options.run_script(main, "interrupted: python train.py --resume goes on after the last epoch")

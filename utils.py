@@ -11,9 +11,9 @@ from torch import nn
 from shufflenet.common.files import save_json
 from shufflenet.common.messages import RunError, progress
 from shufflenet.inference.metrics import Tally
-from shufflenet.inference.pytorch import exact_float32
+from shufflenet.inference.pytorch import exact_float32, move
 from shufflenet.reading.folders import (
-    Images,
+    Parts,
     find_parts,
     require_classes,
     split_images,
@@ -26,10 +26,11 @@ def read_split_data(
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """Training paths and class indices, validation paths and class indices.
 
-    Of one folder per class `int(n * val_rate)` images a class are drawn for validation; `train/`
-    and `val/` are taken as they are. `class_indices` names a file that gets the class names; beside
-    weights that are saved with `torch.save(model.state_dict(), ...)` it has to be called
-    class_indices.json. UsageError for fewer than two classes, or one without images on a side.
+    Of one folder per class `int(n * val_rate)` images a class, at least one of two, are drawn for
+    validation; `train/` and `val/` are taken as they are. `class_indices` names a file that gets
+    the class names; beside weights that are saved with `torch.save(model.state_dict(), ...)` it has
+    to be called class_indices.json. UsageError for fewer than two classes, or one without images to
+    train on.
     """
     classes, train, val = split_data(find_parts(root), root, val_rate, seed)
     if class_indices:
@@ -38,11 +39,10 @@ def read_split_data(
 
 
 def split_data(
-    parts: list[Images], root: str | Path, val_rate: float, seed: int
+    parts: Parts, root: str | Path, val_rate: float, seed: int
 ) -> tuple[list[str], tuple, tuple]:
     """The classes in sorted order; paths and class indices for training, and for validation."""
-    train, val = split_images(parts, val_rate, seed)  # {class: paths} each
-    require_classes(train, val, root)
+    train, val = require_classes(split_images(parts, val_rate, seed), root)  # {class: paths} each
     classes = list(train)
     return classes, with_labels(train, classes), with_labels(val, classes)
 
@@ -129,7 +129,7 @@ def train_epoch(
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
     images_seen, start = 0, time.perf_counter()
     for images, labels in progress(data_loader, f"epoch {epoch + 1}"):
-        images, labels = images.to(device), labels.to(device)
+        images, labels = move(images, device), move(labels, device)
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             logits = model(images)  # (N, classes)
@@ -164,7 +164,7 @@ def validate(model: nn.Module, data_loader: Iterable, device: torch.device) -> T
     model.eval()
     tally = None
     for images, labels in progress(data_loader, "validation"):
-        logits = model(images.to(device)).float()  # (N, classes)
+        logits = model(move(images, device)).float()  # (N, classes)
         if tally is None:
             tally = Tally(logits.shape[1])
         tally.add(logits.cpu().numpy(), labels.cpu().numpy())

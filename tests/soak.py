@@ -90,7 +90,7 @@ def train_under_fire(kind, folder, seconds, rng, counts, most) -> None:
         in_a_write = rng.random() < 0.3  # from that moment on, wait for a checkpoint to be written
         while process.poll() is None and counts["kills"] < most:
             time.sleep(0.0005 if in_a_write else 0.01)
-            writes = in_a_write and any(folder.glob(f".*.pth.{process.pid}.*"))
+            writes = in_a_write and any(folder.glob(".*.pth.*.tmp"))
             if time.perf_counter() > moment and writes == in_a_write:
                 process.send_signal(signal.SIGKILL if in_a_write else rng.choice(SIGNALS))
                 counts["kills"] += 1

@@ -6,15 +6,18 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 import export
 from model import build_model
 from shufflenet.common.messages import RunError, UsageError
+from shufflenet.inference import onnx_file as writer
 from shufflenet.inference import quantize
 from shufflenet.inference.checkpoint import load_trained
 from shufflenet.inference.classifier import Classifier
+from shufflenet.inference.rewrite import rewrite_for_inference
 from shufflenet.reading import folders
 
 
@@ -44,12 +47,13 @@ def test_a_json_beside_it_tells_a_client_what_to_do(onnx_file):
 
 def test_in_8_bits_it_is_a_third_and_answers_alike(onnx_file, run_dir, flowers, tmp_path):
     data, (_, trained) = onnx_file.read_bytes(), load_trained(run_dir / "best.pth")
-    train, val = folders.split_images(folders.find_parts(flowers), 0.2, 0)
+    parts = folders.split_images(folders.find_parts(flowers), 0.2, 0)
+    train, val = (folders.with_labels(parts[name], trained.classes) for name in ("train", "val"))
     small, figures = quantize.quantize_and_measure(data, trained, train, val)
     assert len(small) < 0.4 * len(data)
     assert (figures["val_images"], figures["float_megabytes"]) == (5, round(len(data) / 1e6, 2))
     (path := tmp_path / "int8.onnx").write_bytes(small)
-    paths, labels = folders.with_labels(val, trained.classes)
+    paths, labels = val
     for name, file in (("float_accuracy", onnx_file), ("accuracy", path)):
         answers = [answer.argmax() for _, answer in Classifier(file).stream(paths)]
         assert figures[name] == np.mean(np.equal(answers, labels))
@@ -89,10 +93,23 @@ def test_classes_that_the_network_does_not_know_cannot_calibrate_it(run_dir, flo
     for name in ("roses", "violets"):
         shutil.copytree(flowers / "roses", tmp_path / "two" / name)
     words = ["--weights", run_dir / "best.pth", "--output", tmp_path / "x.onnx"]
-    with pytest.raises(
-        UsageError, match="two: the network knows no class violets; rename or remove"
-    ):
+    with pytest.raises(UsageError, match="two: 1 of 2 classes are unknown, violets: rename or rem"):
         export.main([*words, "--int8", tmp_path / "two"])
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "shufflenet_v1_x0_25_g3"])
+def test_older_software_gets_the_same_function(tmp_path, name, opset):
+    torch.manual_seed(0)
+    network, x = build_model(name, 5).eval(), np.random.default_rng(0).random((2, 3, 224, 224))
+    model, found = writer.to_onnx(rewrite_for_inference(network).network, 224), []
+    for version in (18, opset):
+        data = writer.lower(model, version).SerializeToString()
+        onnx.checker.check_model(data, full_check=True)
+        session = onnxruntime.InferenceSession(data)
+        found += session.run(None, {"input": x.astype(np.float32)})
+        assert onnx.load_from_string(data).opset_import[0].version == version
+    assert np.array_equal(*found)
 
 
 def test_v2_moves_no_channel_for_nothing(onnx_file):

@@ -24,7 +24,7 @@ FILES |= {
 }
 LAZY = {  # what may be imported inside a function: packages that are optional, torch beside .onnx
     "shufflenet.inference.runtimes": {"onnxruntime", "openvino"},
-    "shufflenet.inference.onnx_file": {"onnxruntime", "onnxscript"},
+    "shufflenet.inference.onnx_file": {"onnx", "onnxruntime", "onnxscript"},
     "shufflenet.inference.quantize": {"onnx", "onnxruntime"},
     "shufflenet.inference.classifier": {"shufflenet"},
     "shufflenet.inference.plots": {"matplotlib"},

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from shufflenet.inference.classifier import Classifier
 from shufflenet.inference.metadata import Metadata
 from shufflenet.inference.metrics import measure
 from shufflenet.inference.pytorch import Compute
-from shufflenet.reading.folders import BadImages
+from shufflenet.reading.folders import BadImages, image_hashes
 from shufflenet.reading.image import load_rgb
 from shufflenet.training.run_folder import RunFolder
 
@@ -75,7 +76,7 @@ def test_a_run_leaves_what_the_readme_says(run_dir):
 
 def test_a_checkpoint_stands_alone_and_the_optimizer_is_sgd(run_dir):
     file = load(run_dir, "best.pth")
-    about = {"model_name", "classes", "preprocessing", "epoch", "metrics", "args"}
+    about = {"model_name", "classes", "preprocessing", "epoch", "metrics", "args", "trained_on"}
     assert file.keys() == {"model"} | about
     assert (file["classes"], file["preprocessing"]["resize"]) == (CLASSES, 256)
     models.shufflenet_v2_x0_5(num_classes=5).load_state_dict(file["model"])
@@ -125,7 +126,7 @@ def test_freezing_changes_fc_alone(flowers, tmp_path, torchvision_file, capsys, 
         assert after["fc.weight"].shape == (5, 1024)
         moved = {key for key, value in start.items() if not torch.equal(after[key], value)}
         assert moved == {"fc.weight", "fc.bias"}
-    said = "missing keys ['fc.weight', 'fc.bias'], unexpected keys []; fc is new, for 5 classes"
+    said = "fc is new, for 5 classes; missing keys ['fc.weight', 'fc.bias'], unexpected keys []"
     assert said in capsys.readouterr().err
 
 
@@ -145,11 +146,28 @@ def test_fc_first_trains_fc_and_then_all(flowers, tmp_path, torchvision_file, ca
     assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
 
 
+def test_loaded_weights_are_epoch_0_so_that_the_best_is_never_worse(flowers, run_dir, capsys):
+    """Whatever learns."""
+    weights, still = ["--weights", run_dir], ["--lr", 1e-30, "--epochs", 2]
+    start = evaluation.main(["--weights", run_dir])
+    for more in ([], ["--freeze-layers"], ["--freeze-layers", "--no-cache-features"]):
+        summary = train.main(
+            small(flowers, out := "-".join(["out", *more]), *weights, *still, *more)
+        )
+        history = load(out, "last.pth")["history"]
+        assert [row["epoch"] for row in history] == [0, 1, 2]
+        assert history[0]["val_accuracy"] == pytest.approx(start["accuracy"])
+        assert history[0]["val_loss"] == pytest.approx(start["loss"], rel=1e-4)
+        assert summary["best_accuracy"] >= start["accuracy"]
+        assert f"the loaded weights reach {start['accuracy']:.4f}" in capsys.readouterr().err
+        assert table(out, "metrics.csv")[0]["train_loss"] == ""
+
+
 CHOSEN = [  # options, whether fc is new, and what is chosen
     ("--weights x", True, {"fc_first": True, "freeze_bn": True, "lr": 0.003, "clip": 5}),
     ("--weights x --no-fc-first --lr 1", True, {"fc_first": False, "freeze_bn": False, "lr": 1}),
     ("--weights x --no-freeze-bn", True, {"fc_first": True, "freeze_bn": False, "lrf": 0.01}),
-    ("--weights x", False, {"fc_first": False, "freeze_bn": False, "lr": 0.01, "epochs": 30}),
+    ("--weights x", False, {"fc_first": False, "freeze_bn": True, "lr": 0.003, "epochs": 16}),
     ("", True, {"fc_first": False, "freeze_bn": False, "lrf": 0.1, "batch_size": 16}),
     ("--weights x --freeze-layers", True, {"fc_first": False, "lr": 0.03, "weight_decay": 0.1}),
     ("--weights x --freeze-layers --lr 0.02 --wd 0", True, {"lr": 0.02, "weight_decay": 0}),
@@ -171,14 +189,14 @@ def test_what_is_omitted_depends_on_what_learns(words, new_fc, expected, capsys)
     )
 
 
-BUSY = "other work (load 1.0) slows torch's threads several times: set OMP_WAIT_POLICY=PASSIVE"
+BUSY = "the machine was busy (load 1.0); other work slows torch's threads: set OMP_WAIT_POLICY=P"
 
 
 @pytest.mark.parametrize(
     ("recipe", "device", "threads", "load", "policy", "expected"),
     [
         ("finetune", "cpu", 8, 1.0, "", ""),
-        ("finetune", "cpu", 16, 1.0, "", "--batch-size 16 keeps 8 of 16 cores busy"),
+        ("finetune", "cpu", 16, 1.0, "", "a batch of 16 keeps 8 of 16 cores busy"),
         ("finetune", "cuda", 16, 1.0, "", ""),
         ("scratch", "cpu", 8, 1.0, "", BUSY),
         ("scratch", "cpu", 8, 0.2, "", ""),
@@ -190,7 +208,7 @@ BUSY = "other work (load 1.0) slows torch's threads several times: set OMP_WAIT_
 def test_cores_that_would_wait_are_told(
     recipe, device, threads, load, policy, expected, monkeypatch, capsys
 ):
-    monkeypatch.setattr("train.options.cores", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
     monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     train.say_what_waits(train.RECIPES[recipe], Compute(torch.device(device), threads, False))
@@ -238,9 +256,25 @@ def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run
     assert steps == [1, 2, 3]
     with pytest.raises(UsageError, match="best.pth is not the last.pth of a run; name one"):
         train.main(["--resume", folder / "best.pth"])
+    (folder / "best.pth").rename(folder / "away.pth")
+    with pytest.raises(UsageError, match="x lacks best.pth: put it back, or .* --weights .*last"):
+        train.main(["--resume"])
+    (folder / "away.pth").rename(folder / "best.pth")
     os.truncate(folder / "last.pth", 50_000)
     with pytest.raises(RunError, match=r"^[^\n]*last\.pth: not a weight file, or damaged: [^\n]*$"):
         train.main(["--resume"])
+
+
+def test_a_run_on_other_images_is_not_resumed_where_the_split_is_drawn(flowers, tmp_path, capsys):
+    for part in ("data", "parts/train", "parts/val"):
+        shutil.copytree(flowers, part)
+    for root in ("data", "parts"):
+        train.main(small(root, f"out-{root}", "--epochs", 1))
+        shutil.copy("data/roses/roses_000.jpg", next(Path(root).rglob("roses")) / "more.jpg")
+    with pytest.raises(UsageError, match="data holds other images than when the run began, of wh"):
+        train.main(["--resume", "out-data", "--epochs", 2])
+    assert train.main(["--resume", "out-parts", "--epochs", 2])["train_images"] == 41
+    assert "parts holds other images than when the run began\n" in capsys.readouterr().err
 
 
 def test_v1_trains_from_nothing_with_amp(flowers, tmp_path, capsys):
@@ -315,6 +349,9 @@ MISTAKES = [
     ("train.py --data-path . --device cuda:99", "--device cuda:99 is not there: use .*cpu"),
     ("train.py --data-path FLOWERS --output-dir file/x", "--output-dir file/x: .*; name another"),
     ("train.py --data-path FLOWERS --weights imagenet --model V1", "torchvision has none for .*v1"),
+    ("train.py --data-path FLOWERS --name a/b", "--name a/b: no place but a name"),
+    ("train.py FLOWERS", "/flowers stands alone: write --data-path .*/flowers"),
+    ("train.py --data-path FLOWERS --weights RUN/../none", "--weights .*none: no such file"),
     ("train.py --freeze-layers --data-path . --train-size 96", "--no-cache-features"),
     ("train.py --freeze-layers --data-path . --random-erase 0.5", "--no-cache-features"),
     ("train.py --fc-first --data-path .", "--fc-first: there are no .*; add --weights"),
@@ -323,7 +360,9 @@ MISTAKES = [
         "holds a run: add --resume, or name another",
     ),
     ("eval.py --data-path nowhere", "--data-path nowhere: no such folder"),
+    ("eval.py --data-path FLOWERS --weights RUN --split test", "no such part, but train and val"),
     ("predict.py no.jpg", "image no.jpg: no such file"),
+    ("predict.py no*.jpg", "image no[*].jpg: no such file"),
     ("predict.py . --weights file", ".: no images in it, by their suffix"),
     ("predict.py file --weights file --save-plot x.txt", "the suffix must be .png or .jpg"),
     (
@@ -332,12 +371,15 @@ MISTAKES = [
     ),
     ("predict.py file --weights file --output d.csv", "--output d.csv: cannot be written; name"),
     ("export.py --weights file --output x.pt", "--output x.pt: the suffix must be .onnx"),
+    ("export.py --weights x.onnx", "x.onnx is exported already; name the .pth that it was made of"),
+    ("export.py --weights RUN --opset 11 --int8 FLOWERS", "--opset 11: --int8 needs 13 or 18"),
 ]
 
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_is_found_before_the_work(flowers, run_dir, tmp_path, command, message):
     (tmp_path / "file").touch(mode=0o777)  # as folders are
+    (tmp_path / "x.onnx").touch()
     (tmp_path / "d.csv").mkdir()
     names = {"FLOWERS": flowers, "RUN": run_dir, "V1": "shufflenet_v1_x1_0_g3"}
     script, *words = command.split()
@@ -392,21 +434,32 @@ def test_mistakes_are_those_of_the_answers_largest_loss_first(flowers):
 def test_eval_takes_the_validation_part_of_what_the_run_saw_and_all_of_another(
     flowers, run_dir, tmp_path, capsys
 ):
-    shutil.copytree(flowers, tmp_path / "moved")
-    shutil.copytree(flowers / "roses", tmp_path / "other" / "roses")
-    for side in ("train", "val"):
-        shutil.copytree(flowers / "tulips", tmp_path / "parts" / side / "tulips")
-    (tmp_path / "parts" / "val" / "tulips" / "tulips_000.jpg").unlink()
-    for place, split, images in (("moved", "val", 5), ("other", "all", 8), ("parts", "val", 7)):
-        result = evaluation.main(["--data-path", place, "--weights", run_dir / "best.pth"])
+    """And says how many of the images were trained on, wherever they lie now."""
+    shutil.copytree(flowers, "moved")
+    shutil.copytree(flowers, "fewer")
+    os.remove("fewer/roses/roses_000.jpg")
+    shutil.copytree(flowers / "roses", "other/roses")
+    os.rename("other/roses/roses_000.jpg", "other/roses/new name.jpg")
+    for side in ("train", "val", "Test"):
+        shutil.copytree(flowers / "tulips", f"parts/{side}/tulips")
+    os.remove("parts/Test/tulips/tulips_000.jpg")
+    seen = load(run_dir, "best.pth")["trained_on"]
+    assert len(seen) == 35
+    for place, split, images in (
+        ("moved", "val", 5), ("fewer", "all", 39), ("other", "all", 8), ("parts", "test", 7),
+    ):  # fmt: skip
+        more = ["--split", "test"] if split == "test" else []
+        result = evaluation.main(["--data-path", place, "--weights", run_dir, *more])
         assert (result["split"], result["images"]) == (split, images)
-        whose = "what" if place == "moved" else "another set than"
-        said = f"{place}: {split}, {images} images; {whose} the run was trained on\n"
+        root = f"{place}/Test" if split == "test" else place
+        known = sum(image_hashes([str(path)])[0] in seen for path in Path(root).rglob("*.jpg"))
+        assert known in {"moved": [35], "fewer": [34, 35], "other": [6, 7], "parts": [6, 7]}[place]
+        known = 0 if split == "val" else known
+        said = f"{place}: {split}, {images} images; {known} of them were trained on"
         assert said in capsys.readouterr().err
-    train.main(small("moved", "out", "--epochs", 1))
-    shutil.copy("moved/roses/roses_000.jpg", "moved/roses/one more.jpg")
-    evaluation.main(["--weights", "out/best.pth"])
-    assert "all, 41 images; changed since the run learnt from it" in capsys.readouterr().err
+    torch.save(load(run_dir, "best.pth")["model"], "bare.pth")
+    evaluation.main(["--data-path", "other", "--weights", "bare.pth"])
+    assert "8 images; the weights do not say which were trained on" in capsys.readouterr().err
 
 
 def test_eval_prints_a_table_and_leaves_files(flowers, run_dir, capsys):
@@ -437,7 +490,7 @@ def test_eval_goes_by_the_names_of_folders_not_by_their_place(flowers, tmp_path,
     assert kept.items() <= {row["class"]: row["recall"] for row in whole["per_class"]}.items()
     (tmp_path / "two" / "roses").rename(tmp_path / "two" / "violets")
     with pytest.raises(
-        UsageError, match="^two: the network knows no class violets; rename or remove"
+        UsageError, match="^two: 1 of 2 classes are unknown, violets: rename or rem"
     ):
         evaluation.main([*options, "--data-path", "two"])
 
@@ -500,7 +553,7 @@ def test_predict_takes_folders_and_files_in_any_mix_and_order(flowers, run_dir, 
 
     predict.main([*words, "--output", "result.csv"])
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 2)
+    assert (out, err.splitlines()[1:2], err.count("\n")) == ("", ["wrote result.csv"], 3)
     for row, result in zip(table("result.csv"), results, strict=True):
         (one, p), (two, q) = (guess.values() for guess in result["predictions"])
         cells = {"path": result["path"], "class_1": one, "prob_1": str(round(p, 6))}
@@ -515,8 +568,19 @@ def test_predict_goes_on_after_an_image_it_cannot_read(flowers, tmp_path, run_di
         predict.main(["roses", "--weights", run_dir / "best.pth", "--json"])
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 7
-    assert "error: roses/roses_001.jpg: not an image" in err
-    assert "error: roses/a\\x1b[31m.jpg: not an image" in err
+    assert "error: roses/roses_001.jpg: no image, but empty" in err
+    assert "error: roses/a\\x1b[31m.jpg: no image, but text" in err
+
+
+def test_predict_expands_what_the_shell_left_and_says_what_it_skips(flowers, run_dir, capsys):
+    shutil.copytree(flowers / "roses", "roses [1]/deep")
+    Path("roses [1]/a.heic").touch()
+    words = ["--weights", run_dir]
+    results = predict.main(["roses*/**/*_00[01].jpg", *words])
+    assert [result["path"][-6:] for result in results] == ["00.jpg", "01.jpg"]
+    capsys.readouterr()
+    assert len(predict.main(["roses [1]", *words])) == 8  # its name, no pattern
+    assert "skipped: 1 .heic\n" in capsys.readouterr().err
 
 
 def test_predict_draws_without_a_display_or_torchvision(shell, flowers, tmp_path, run_dir):
@@ -526,6 +590,7 @@ def test_predict_draws_without_a_display_or_torchvision(shell, flowers, tmp_path
     result = shell("predict.py", *words, *show, env=env)
     lines = result.stderr.splitlines()
     assert Image.open(tmp_path / "plot.png").width == 1200
+    assert "wrote plot.png" in lines
     assert "torchvision" not in imported(result)
     assert result.returncode == len(show)
     assert not show or any(line.startswith("error: --show: use --save-plot") for line in lines)

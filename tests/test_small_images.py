@@ -25,7 +25,7 @@ import train
 from model import build_model, default_preprocessing
 from my_dataset import RandomShift, mirror
 from shufflenet.common.messages import RunError, UsageError
-from shufflenet.reading.download import download_cifar10
+from shufflenet.reading.download import prepare_data
 from shufflenet.reading.image import load_centre
 
 CLASSES = ["airplane", "automobile", "bird"]
@@ -68,9 +68,11 @@ def server(tmp_path_factory, monkeypatch):
         served.shutdown()
 
 
-def test_the_archive_becomes_class_folders_and_nothing_else_is_left(server, tmp_path, capsys):
-    (target := tmp_path / "data" / "cifar10").parent.mkdir()
-    download_cifar10(target)
+def test_the_archive_becomes_class_folders_and_nothing_else_is_left(
+    server, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / prepare_data("data/cifar10")
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar10"]
     found = sorted(path.relative_to(target).as_posix() for path in target.rglob("*.png"))
     expected = [f"train/{CLASSES[i % 12 % 3]}/{i:05d}.png" for i in range(60)]
@@ -85,14 +87,15 @@ def test_without_the_archive_or_with_another_one_a_line_says_what_to_fetch(
     server, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
-    place = tmp_path / "cifar-10-python.tar.gz"
+    monkeypatch.chdir(tmp_path)
+    place = "data/cifar-10-python.tar.gz"
     for _ in range(2):
         with pytest.raises(
             RunError, match=f"^{CIFAR10.url} cannot .*: fetch it and put it at {place}, or"
         ):
-            download_cifar10(tmp_path / "cifar10")
+            prepare_data("data/cifar10")
         monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    assert not (tmp_path / "cifar10").exists()
+    assert not list((tmp_path / "data").iterdir())
 
 
 @pytest.mark.usefixtures("elsewhere", "server")
@@ -100,7 +103,7 @@ def test_cifar10_is_trained_evaluated_predicted_and_exported_at_32_pixels(capsys
     words = ["--data-path", "data/cifar10", "--model", "shufflenet_v2_x0_5", "--epochs", 4]
     summary = train.main([*words, "-b", 10, "--lr", 0.02, "-j", 0, "--output-dir", "out"])
     assert (summary["train_images"], summary["val_images"]) == (60, 12)
-    assert "--small-images: " in capsys.readouterr().err
+    assert "the images are small, and so is the network" in capsys.readouterr().err
     file = torch.load("out/best.pth", weights_only=True)
     assert (file["preprocessing"]["resize"], file["preprocessing"]["crop"]) == (32, 32)
     result = evaluation.main(["--weights", "out/best.pth"])
@@ -128,12 +131,23 @@ def test_cifar10_is_trained_evaluated_predicted_and_exported_at_32_pixels(capsys
 def test_the_option_wins_over_the_size_and_weights_of_large_images_keep_it(
     flowers, torchvision_file
 ):
-    image = flowers / "roses" / "roses_000.jpg"
+    images = sorted((flowers / "roses").iterdir())
     for words, small in ((["--small-images"], True), (["--weights", torchvision_file], False)):
         args = train.build_parser().parse_args([*words, "--model", "shufflenet_v2_x0_5"])
-        assert train.choose_small_images(args, image) is small
+        assert train.choose_small_images(args, images) is small
         network, _ = train.build_network(args, ["a", "b"], small, None)
         assert isinstance(network.maxpool, torch.nn.Identity) is small
+
+
+@pytest.mark.parametrize(("small", "expected"), [(1, False), (4, False), (6, True), (9, True)])
+def test_most_images_decide_not_the_first(tmp_path, small, expected):
+    images = []
+    for number in range(9):
+        side = 32 if number < small else 64
+        Image.new("RGB", (side, side)).save(path := tmp_path / f"{number}.png")
+        images.append(str(path))
+    args = train.build_parser().parse_args([])
+    assert train.choose_small_images(args, images) is expected
 
 
 def test_a_network_for_small_images_has_the_same_keys_and_an_eighth_of_the_side():

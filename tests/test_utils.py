@@ -95,7 +95,7 @@ def test_the_loop_of_the_tutorial_works_up_to_the_prediction(flowers, tmp_path, 
     torch.save(model.state_dict(), tmp_path / "model-0.pth")
     (result,) = predict.main([paths[0], "--weights", tmp_path / "model-0.pth"])
     assert sorted(guess["class"] for guess in result["predictions"]) == sorted(os.listdir(flowers))
-    assert "its 5 classes may be ['daisy', " in capsys.readouterr().err
+    assert "its classes may be daisy, dandelion, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "frozen"), [(V1, "layers"), (V2, "layers"), (V2, "batch_norm")])

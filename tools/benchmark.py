@@ -125,7 +125,7 @@ def measure_inference(args: Namespace) -> Iterator[tuple[str, dict]]:
     networks = {}
     for name, network in (("torchvision", theirs), ("ours", rewrite_for_inference(ours))):
         networks[f"{name}, PyTorch"] = in_pytorch(network)
-        onnx = to_onnx(network, 224).SerializeToString()
+        onnx = to_onnx(getattr(network, "network", network), 224).SerializeToString()
         networks |= in_runtimes(name, onnx)
     small = quantize(onnx, torch.randn(8, 1, 3, 224, 224).numpy())
     networks |= in_runtimes("ours, int8", small)

@@ -311,7 +311,7 @@ def draw(results: dict[str, dict[str, dict]], machine: str) -> Figure:
             places = np.arange(len(lines)) + 0.28 * (i - 1)
             heights = [line[label] for line in lines.values()]
             bars = axes.bar(places, heights, 0.26, label=label, color=colour)
-            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7 if len(lines) < 5 else 6)
         axes.set_xticks(range(len(lines)), lines)
         axes.set(title=table, ylabel="relative speed")
         axes.margins(y=0.1)

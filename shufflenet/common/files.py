@@ -2,15 +2,16 @@
 
 import csv
 import errno
-import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
-from shufflenet.common.messages import UsageError, notice
+from shufflenet.common.messages import UsageError, json_text, notice
 
 WINDOWS = os.name == "nt"
 # Names of images and classes come from the file system, where they may be any bytes.
@@ -22,7 +23,8 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that takes the place of `path` in one step when the block ends well and all of it
     is on the disk; until then, and if it fails, `path` stays as it was."""
     path = Path(path).resolve()  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Of machines that share a disk two may have a process of the same number.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, mode, **({} if "b" in mode else UTF8)) as file:
             yield file
@@ -61,8 +63,14 @@ def if_possible() -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Have a folder to oneself while the process lives; UsageError if another has it."""
-    with open(folder / ".lock", "a+b") as file:
+    """Have a folder to oneself while the process lives; UsageError if another has it, or nothing
+    can be written there."""
+    try:
+        lock = open(folder / ".lock", "a+b")  # noqa: SIM115
+    except OSError as error:
+        todo = "copy the run to a folder that can be written, or begin in another --output-dir"
+        raise UsageError(f"{folder}: {error.strerror}; {todo}") from None
+    with lock as file:
         try:
             if WINDOWS:
                 import msvcrt
@@ -82,11 +90,50 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "XML",
+    b"%pdf": "a PDF document",
+    b"%!ps": "a PostScript document",
+    b"pk\3\4": "a zip archive",
+    b"rar!": "a rar archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x1a\x45\xdf\xa3": "a video",
+    b"\0\0\1\xba": "a video",
+    b"\x93numpy": "a NumPy array",
+    b"\x89hdf": "an HDF5 file",
+}
+
+
+def kind_of(head: bytes) -> str:
+    """What a file is that is not what was expected, by its first 512 bytes."""
+    if not head.strip(b"\0"):
+        return "empty" if not head else "a file of zeros, as of a copy that failed"
+    if head[4:8] == b"ftyp":
+        brands = head[8:40]
+        if b"avif" in brands or b"avis" in brands:
+            return "an AVIF image, which this Pillow cannot read or which is damaged"
+        if re.search(b"hei[cxms]|hev[cx]|mif1|msf1", brands):
+            return "a HEIC photograph; convert it to JPEG"
+        return "a raw photograph; convert it to JPEG" if b"crx " in brands else "a video"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "a video"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind in _BEGINNINGS.items():
+        if text.startswith(beginning):
+            return kind
+    control = sum(byte < 32 and byte not in b"\t\n\f\r" for byte in head)
+    return "of an unknown kind, or damaged" if control else "text"
+
+
 def save_json(value: object, path: str | Path) -> None:
     """Write indented JSON."""
     with replacing(path, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(json_text(value, indent=2) + "\n")
 
 
 def save_rows(rows: list[dict], path: str | Path) -> None:

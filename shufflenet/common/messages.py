@@ -3,11 +3,13 @@
 Of several processes that torchrun started, the first (rank 0) speaks.
 """
 
+import json
 import operator
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -34,10 +36,30 @@ def printable(text: object) -> str:
 def notice(text: str, *, everywhere: bool = False) -> None:
     """Print one line for the reader to stderr; of several processes only the first does, unless
     what it says is true `everywhere` it is said."""
-    if RANK and not everywhere:
+    if sys.stderr is None or (RANK and not everywhere):  # None: closed; print would take stdout
         return
     rank = f"rank {RANK}: " if everywhere and WORLD > 1 else ""
     print(rank + printable(text), file=sys.stderr, flush=True)
+
+
+def listed(names: Sequence, most: int = 5) -> str:
+    """The first of some names, which may be long, and how many more there are."""
+    first = ", ".join(name if len(name) <= 40 else name[:39] + "…" for name in names[:most])
+    return first + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def json_text(value: object, encoding: str | None = "utf-8", **options) -> str:
+    """JSON, with letters as they are where the encoding has them all."""
+    with suppress(UnicodeEncodeError):
+        text = json.dumps(value, ensure_ascii=False, **options)
+        text.encode(encoding or "utf-8")
+        return text
+    return json.dumps(value, **options)
+
+
+def say_json(value: object) -> None:
+    """Print a result to stdout as a line of JSON."""
+    say(json_text(value, sys.stdout.encoding))
 
 
 def say(text: str) -> None:

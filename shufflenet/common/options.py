@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -29,6 +30,9 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(
                 "--num-classes: the folders, or the weights, tell the classes; omit it"
             )
+        alone = re.match(r"unrecognized arguments: ([^-]\S*)", message)
+        if alone and "--data-path" in self._option_string_actions:
+            raise UsageError(f"{alone[1]} stands alone: write --data-path {alone[1]}")
         raise UsageError(f"{message} (see --help)")
 
     def parse_args(self, words: Words = None, namespace=None) -> argparse.Namespace:
@@ -77,9 +81,10 @@ DEVICE = {
 def add_inference(group: argparse._ActionsContainer) -> None:
     """Add what eval.py and predict.py ask about the network."""
     add = group.add_argument
-    add("--weights", metavar="FILE",
-        help="best.pth of a run, a bare state dict, an .onnx file of export.py, or 'imagenet' for "
-        "torchvision's of x1.0 (if omitted: the newest runs/*/best.pth)")
+    add("--weights", type=weights_file, metavar="FILE",
+        help="best.pth of a run or the run's folder, a bare state dict, an .onnx file of "
+        "export.py, or 'imagenet' for torchvision's of x1.0 (if omitted: the newest "
+        "runs/*/best.pth)")
     add("--device", **DEVICE)
     add("--runtime", choices=("onnxruntime", "openvino"),
         help="what computes an .onnx file (if omitted: onnxruntime)")
@@ -103,9 +108,15 @@ def require_path(path: str | Path, flag: str) -> None:
         raise UsageError(f"{flag} {path}: {'not a' if os.path.exists(path) else 'no such'} file")
 
 
-def require_weights(path: str | None) -> Path:
+def weights_file(path: str | Path) -> str:
+    """An argparse type: a weight file; best.pth of the folder of a run."""
+    is_run = os.path.isdir(path) and str(path) != "imagenet"
+    return str(Path(path, "best.pth")) if is_run else str(path)
+
+
+def require_weights(path: str | Path | None) -> Path:
     """The file that --weights names, or best.pth of the newest run; UsageError if there is none."""
-    path = Path(path or newest_run("best.pth"))
+    path = Path(weights_file(path) if path else newest_run("best.pth"))
     if str(path) != "imagenet":  # of torchvision, downloaded
         require_path(path, "--weights")
     return path
@@ -126,6 +137,8 @@ def make_folder(path: str | None, name: str) -> Path:
         folder = folder.with_name(folder.name + "+")  # of a run in the same second
     try:
         folder.mkdir(parents=True, exist_ok=bool(path))
+        (probe := folder / f".{os.getpid()}").touch()
+        probe.unlink()
     except OSError as error:
         raise UsageError(f"--output-dir {folder}: {error.strerror}; name another") from None
     return folder
@@ -141,17 +154,28 @@ def check_file(flag: str, path: str, suffixes: Sequence[str]) -> Path:
     return path
 
 
-def run_script(main: Callable[[], object]) -> NoReturn:
-    """Call the `main` of a script and leave with 0, 1, 2, 130 or 143; only a bug shows more than a
-    line."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _leave)
-    if sys.stdout:
+def run_script(main: Callable[[], object], interrupted: str = "interrupted") -> None:
+    """Call the `main` of a script and leave as Python does, with 0, 1, 2 or 130, or at once with
+    143 where it is terminated; only a bug shows more than a line. The process may be that of a
+    notebook or a profiler, and is left as it was."""
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe lacks letters
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if ours else None
+    try:
+        _run(main, interrupted)
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: of no Python
+
+
+def _run(main: Callable[[], object], interrupted: str) -> None:
     code = 1
     try:
         main()
-        sys.exit(0)
+        return
+    except KeyboardInterrupt:
+        code, text = 130, interrupted
     except UsageError as error:
         code, text = 2, str(error)
     except BrokenPipeError:  # `| head` has read enough
@@ -167,7 +191,7 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         lack = "out of memory|can't allocate|not enough memory|ALLOC_FAILED"  # of any device
         if isinstance(error, MemoryError) or re.search(lack, str(error)):
-            text = "out of memory: use a smaller --batch-size"
+            text = "out of memory: use a smaller --batch-size or fewer --workers"
         elif re.search("peer|[Gg]loo|NCCL", str(error)):  # of torchrun
             text = "another process ended, or cannot be reached"
         else:
@@ -176,9 +200,8 @@ def run_script(main: Callable[[], object]) -> NoReturn:
     sys.exit(code)
 
 
-def _leave(signum: int, frame: object) -> NoReturn:
+def _terminate(signum: int, frame: object) -> NoReturn:
     """End at once, as a kill does: every file that has its name on the disk is whole."""
-    word = "interrupted" if signum == signal.SIGINT else "terminated"
-    start = "\n" if os.isatty(2) else ""  # below a progress bar
-    os.write(2, f"{start}error: {word}\n".encode())
+    if sys.stderr:  # else another file may have its number
+        os.write(2, b"error: terminated\n")
     os._exit(128 + signum)

@@ -25,15 +25,25 @@ import zipfile
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model import VARIANTS, build_model, default_preprocessing
-from shufflenet.common.files import replacing
-from shufflenet.common.messages import RunError, UsageError, notice
+from shufflenet.common.files import kind_of, replacing
+from shufflenet.common.messages import RunError, UsageError, listed, notice
 from shufflenet.inference.metadata import Metadata
+from shufflenet.reading.folders import nfc
 
 FC = ("fc.weight", "fc.bias")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net")  # looked into before, say, "ema"
+START = "conv1.0.weight"  # the first key of all networks of model.py
+# What a file may hold beside tensors: values, no code. torchvision's training script saves its
+# options in a Namespace, others their best accuracy as a number of NumPy.
+VALUES = [argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar]
+VALUES += [np._core.multiarray._reconstruct, *map(type, map(np.dtype, "?bBhHiIlLqQefdg"))]
+VALUES += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+VALUES += [(np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
 CLASS_INDICES = Path(__file__).parents[2] / "class_indices.json"  # of the repository
 
 
@@ -47,39 +57,62 @@ def save(state: dict, path: str | Path) -> None:
 
 def load(path: str | Path) -> dict:
     """Read a weight file to the CPU; RunError if it is none, is damaged, or would run code."""
+    if Path(path).suffix.lower() == ".onnx":
+        raise UsageError(f"{path} is exported already; name the .pth that it was made of")
     try:
         if zipfile.is_zipfile(path):  # else of an older format
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is not what was written")
-        # torchvision's training script saves its options in one of these: a holder of values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            _check_sums(path)
+        with torch.serialization.safe_globals(VALUES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about other kinds of files
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = (str(error).partition("\n")[0] or type(error).__name__)[:200]
         if "eights only load failed" in reason or "weights_only" in reason:
             reason = "it may hold Python objects, which are never run"  # torch says how to run them
+        with open(path, "rb") as file:
+            head = file.read(512)
+        if head[:2] != b"PK" and head[:1] != b"\x80":  # neither a zip archive nor a pickle
+            raise RunError(f"{path}: no weight file, but {kind_of(head)}") from None
         raise RunError(f"{path}: not a weight file, or damaged: {reason}") from None
     if not isinstance(state, dict):
         raise RunError(f"{path}: holds a {type(state).__name__}, expected a state dict")
     return state
 
 
-def state_dict_of(file: dict, path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, without the prefixes of wrappers; UsageError if there are none."""
-    keys = ("model", "state_dict", "model_state_dict", "net")
-    state = next((file[key] for key in keys if isinstance(file.get(key), dict)), file)
-    weights = {}
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UsageError(f"{path}: {name!r} is no tensor; expected a state dict"[:200])
-        weights[re.sub(r"^((module|_orig_mod|model)\.)+", "", name)] = value
-    weights.pop("n_averaged", None)  # of torch.optim.swa_utils
-    if not weights:
-        raise UsageError(f"{path}: holds no weights")
+def _check_sums(path: str | Path) -> None:
+    """Raise BadZipFile unless the archive holds what was written; torch may save without sums."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.CRC:
+                with archive.open(member) as file:
+                    while file.read(1 << 20):
+                        pass
+
+
+def state_dict_of(file: dict, path: str | Path, start: str = START) -> dict[str, Tensor]:
+    """The weights in a file, wherever in it they lie: what precedes the key `start`, by which a
+    network of ours begins, is a prefix of wrappers. Tensors beside them keep their names.
+    UsageError if there are none."""
+    found = [file]
+    for state in found:  # which grows: the dicts in the dicts
+        key = next((k for k in state if str(k).endswith(start)), None)
+        if key is not None:
+            break
+        if len(found) < 1000:  # a damaged one may hold itself
+            inner = [state[key] for key in WRAPPERS if key in state] + [*state.values()]
+            found += [value for value in inner if isinstance(value, dict)]
+    else:
+        raise UsageError(f"{path}: holds no weights of a network of this repository, no {start}")
+    prefix, weights = key.removesuffix(start), {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for name in sorted(map(str, tensors), key=lambda name: name.startswith(prefix)):
+        weights[name.removeprefix(prefix)] = tensors[name]  # with the prefix last: they win
+    last = [name for name in weights if re.fullmatch(r"fc\.\d+\.(weight|bias)", name)]
+    if len(last) == 2:  # fc is a Sequential of dropout and a layer
+        for name in last:
+            weights[re.sub(r"\d+\.", "", name)] = weights.pop(name)
     return weights
 
 
@@ -87,14 +120,16 @@ def load_weights(
     model: nn.Module, weights: dict[str, Tensor], source: str | Path, *, new_fc: bool = False
 ) -> tuple[list[str], list[str]]:
     """Load a state dict; with `new_fc` the model's own last layer stays. Returns missing and
-    unexpected keys; UsageError if anything else is missing, unexpected or of another shape."""
+    unexpected keys; those that the model does not have are left. UsageError if a key is missing or
+    has another shape."""
     if new_fc:
         weights = {name: value for name, value in weights.items() if name not in FC}
     ours, theirs = _shapes(model.state_dict(), fc=not new_fc), _shapes(weights)
-    if wrong := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
+    if wrong := [name for name in ours if ours[name] != theirs.get(name)]:
         name = _variant_of(weights)
         hint = f"use --model {name}" if name else "it fits no network of this repository"
-        first = f"{wrong[0]}: {theirs.get(wrong[0], 'missing')} for {ours.get(wrong[0], 'none')}"
+        hint = "outputs and classes must be as many" if wrong[0] in FC else hint
+        first = f"{wrong[0]}: {theirs.get(wrong[0], 'missing')} for {ours[wrong[0]]}"
         raise UsageError(f"{source}: {len(wrong)} tensors differ, for example {first}; {hint}")
     return tuple(model.load_state_dict(weights, strict=False))
 
@@ -104,12 +139,14 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str, classes: li
     layer is loaded only if it has as many outputs, and was trained on no other classes; returns
     whether it stays as it was, new."""
     file = load(imagenet_file(model_name) if weights == "imagenet" else weights)
-    state, trained_on = state_dict_of(file, weights), file.get("classes")
-    fits = all(state[name].shape == model.state_dict()[name].shape for name in FC if name in state)
-    new_fc = not fits or FC[0] not in state or trained_on not in (None, classes)
+    own = model.state_dict()
+    state, trained_on = state_dict_of(file, weights, next(iter(own))), file.get("classes")
+    fits = all(name in state and state[name].shape == own[name].shape for name in FC)
+    new_fc = not fits or trained_on not in (None, classes)
     missing, unexpected = load_weights(model, state, weights, new_fc=new_fc)
-    new = f"; fc is new, for {len(classes)} classes" if new_fc else ""
-    notice(f"loaded {weights}: missing keys {missing}, unexpected keys {unexpected}{new}")
+    new = f"fc is new, for {len(classes)} classes; " if new_fc else ""
+    surplus = listed(unexpected)
+    notice(f"loaded {weights}: {new}missing keys {missing}, unexpected keys [{surplus}]")
     return new_fc
 
 
@@ -151,23 +188,26 @@ def load_trained(path: str | Path) -> tuple[nn.Module, Metadata]:
     """
     path = imagenet_file() if str(path) == "imagenet" else path
     file = load(path)
-    weights = state_dict_of(file, path)
     if "model_name" in file:
         try:
-            about = {field.name: file[field.name] for field in fields(Metadata)}
-            metadata = Metadata(**about)
+            names = {field.name for field in fields(Metadata)} & file.keys()
+            metadata = Metadata(**{name: file[name] for name in names})
             small_images = metadata.args.get("small_images", False)
             model = build_model(metadata.model_name, len(metadata.classes), small_images)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"{path}: not a checkpoint of train.py ({error!r})") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{path}: not a checkpoint of train.py ({error!r:.200})") from None
+        weights = state_dict_of(file, path, next(iter(model.state_dict())))
     else:
+        weights = state_dict_of(file, path)
         name = _variant_of(weights)
         if name is None or "fc.weight" not in weights:
             raise UsageError(f"{path}: its weights fit no network of this repository")
         classes = _class_names(path, len(weights["fc.weight"]))
         metadata = Metadata(name, classes, default_preprocessing(name))
         model = build_model(name, len(classes))
-    load_weights(model, weights, path)
+    _, unexpected = load_weights(model, weights, path)
+    if unexpected:
+        notice(f"{path}: left what the network does not have, {listed(unexpected)}")
     return model.eval(), metadata
 
 
@@ -188,7 +228,7 @@ def _variant_of(weights: dict[str, Tensor]) -> str | None:
                 model = build_model(name)
         except Exception:  # a network of one's own that computes with values when it is built
             continue
-        if _shapes(model.state_dict(), fc=False) == _shapes(weights, fc=False):
+        if _shapes(model.state_dict(), fc=False).items() <= _shapes(weights, fc=False).items():
             return name
     return None
 
@@ -196,23 +236,46 @@ def _variant_of(weights: dict[str, Tensor]) -> str | None:
 def _class_names(path: str | Path, count: int) -> list[str]:
     """Names for the outputs of a bare state dict."""
     beside = Path(path).parent / CLASS_INDICES.name
-    for place in (beside, CLASS_INDICES):
-        if place.exists() and len(names := read_class_indices(place)) == count:
-            if place != beside:
-                notice(f"no {place.name} beside {path}: its {count} classes may be {names}")
-            return names
-    if count == 1000:
+    place = beside if beside.exists() else CLASS_INDICES
+    names = read_class_indices(place) if place.exists() else []
+    ours = place.exists() and place.samefile(CLASS_INDICES)
+    if len(names) == count:
+        if ours:
+            notice(f"no {place.name} of its own beside {path}: its classes may be {listed(names)}")
+        return names
+    if count == 1000 and (ours or not names):
         from torchvision.models import ShuffleNet_V2_X1_0_Weights
 
         return ShuffleNet_V2_X1_0_Weights.IMAGENET1K_V1.meta["categories"]
+    if place == beside:
+        raise UsageError(f"{beside} names {len(names)} classes, but {path} has {count} outputs")
     raise UsageError(f"{path}: names for its {count} classes are missing; put a {beside} there")
 
 
 def read_class_indices(path: str | Path) -> list[str]:
-    """Class names in the order of their index, from {"0": "daisy", ...}; else UsageError."""
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [str(table[str(index)]) for index in range(len(table))]
-    except (ValueError, KeyError, TypeError) as error:
-        form = '{"0": "NAME", "1": ...} without a gap'
-        raise UsageError(f"{path}: expected {form} ({error!r})") from None
+    """Class names in the order of their index, from {"0": "daisy", ...}, {"daisy": 0, ...} or
+    ["daisy", ...], in UTF-8, UTF-16 or GBK; else UsageError."""
+    data = Path(path).read_bytes()
+    encodings = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030"]
+    for encoding in encodings:
+        with contextlib.suppress(ValueError, IndexError, RecursionError):
+            return _names_in(json.loads(data.decode(encoding)))
+    form = '{"0": "NAME", "1": "NAME", ...} without a gap'
+    raise UsageError(f"{path}: not the names of classes; expected {form}")
+
+
+def _names_in(table: object) -> list[str]:
+    if isinstance(table, list):
+        table = dict(enumerate(table))
+    if not isinstance(table, dict):
+        raise ValueError
+    pairs = table.items()
+    if all(isinstance(value, int) for value in table.values()):
+        pairs = [(index, name) for name, index in pairs]
+    pairs = sorted((int(index), name) for index, name in pairs)
+    # Keras has ["n02119789", "kit_fox"] for a name.
+    names = [name[-1] if isinstance(name, list) else name for _, name in pairs]
+    gap = [index for index, _ in pairs] != list(range(len(pairs)))
+    if gap or not all(isinstance(name, str) for name in names):
+        raise ValueError
+    return [nfc(name) for name in names]

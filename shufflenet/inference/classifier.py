@@ -1,19 +1,21 @@
 """A trained network as a function of an image."""
 
+import io
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
 import numpy as np
+from PIL import Image
 
 from shufflenet.common.messages import UsageError
 from shufflenet.common.options import require_weights
 from shufflenet.inference.metrics import softmax
 from shufflenet.inference.runtimes import open_onnx, stream
-from shufflenet.reading.image import ImageError, load_centre
+from shufflenet.reading.image import ImageError, Source, load_centre
 
-Picture = str | Path | IO[bytes]
+Picture = Source | bytes | np.ndarray
 
 
 class Classifier:
@@ -21,6 +23,9 @@ class Classifier:
 
         classify = Classifier("runs/RUN/best.pth")
         classify("photo.jpg")  # [{"class": "tulips", "prob": 0.982}, ...], best first
+
+    An image is a path, an open file, bytes of a file, a PIL image, or an RGB array, uint8
+    (height, width, 3); anything else is a TypeError.
 
     `weights` is an .onnx file of export.py, computed by a `runtime`, or a weight file, computed by
     PyTorch on a `device`. On a CPU up to `threads` threads may call it at the same time; each
@@ -67,8 +72,9 @@ class Classifier:
         self, images: Sequence[Picture], threads: int = 1
     ) -> Iterator[tuple[Picture, np.ndarray | ImageError]]:
         """Each image in order, and its logits (classes,), or why it cannot be read."""
+        sources = [source_of(image) for image in images]
         preprocessing = self.metadata.preprocessing
-        return stream(images, self.runtime, preprocessing, threads, on_gpu=self._on_gpu)
+        return stream(sources, self.runtime, preprocessing, threads, on_gpu=self._on_gpu)
 
     def __call__(self, image: Picture, topk: int = 5) -> list[dict]:
         """The `topk` best classes of an image; ImageError if it cannot be read."""
@@ -96,11 +102,27 @@ class Classifier:
             )
         from shufflenet.inference.pytorch import torch_runtime
 
-        pixels, k = load_centre(image, self.metadata.preprocessing), self.classes.index(name)
+        pixels, k = (
+            load_centre(source_of(image), self.metadata.preprocessing),
+            self.classes.index(name),
+        )
         maps_of = torch_runtime(network.feature_map, self._device, self.metadata.preprocessing)
         maps = maps_of(pixels[None])[0]  # (C,h,w)
         fc = {key: value.cpu().numpy() for key, value in network.fc.state_dict().items()}
         return pixels, np.tensordot(fc["weight"][k], maps, 1) + fc["bias"][k]
+
+
+def source_of(image: Picture) -> Source:
+    """What the reading room takes, of what a caller may have in memory."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return io.BytesIO(image)
+    if isinstance(image, str | os.PathLike | Image.Image) or hasattr(image, "read"):
+        return image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        return Image.fromarray(image)
+    about = [type(image).__name__, *(str(getattr(image, name, "")) for name in ("dtype", "shape"))]
+    kinds = "a path, an open file, bytes, a PIL image or an RGB array, uint8 (height, width, 3)"
+    raise TypeError(f"no image but {' '.join(filter(None, about))}; expected {kinds}")
 
 
 def _require_our_model() -> None:

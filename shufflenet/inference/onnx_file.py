@@ -10,11 +10,20 @@ import warnings
 import torch
 from torch import nn
 
+from shufflenet.common.messages import RunError
 from shufflenet.inference.metadata import Metadata
 
-# Read by ONNX Runtime from 1.14 on, OpenVINO, TensorRT, and the tools for Android and iOS; torch
-# writes none older without converting it.
-OPSET, IR_VERSION = 18, 8
+# torch writes 18, read by ONNX Runtime from 1.14 on, OpenVINO, TensorRT, and the tools for Android
+# and iOS. The others are for older software: docs/deploy.md.
+OPSETS = (11, 13, 18)
+IR_VERSIONS = {11: 6, 13: 7, 18: 8}
+# What later versions gave an operation: an attribute, and since when an input, and of what name,
+# is no attribute any more.
+CHANGED = {
+    "Split": ("num_outputs", 13, "split"),
+    "ReduceMean": ("noop_with_empty_axes", 18, "axes"),
+    "Reshape": ("allowzero", 0, ""),
+}
 
 
 def require_packages() -> None:
@@ -35,7 +44,7 @@ def to_onnx(network: nn.Module, crop: int):
             input_names=["input"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=OPSET,
+            opset_version=OPSETS[-1],
             dynamo=True,
             verbose=False,
         )
@@ -44,7 +53,34 @@ def to_onnx(network: nn.Module, crop: int):
     # torch notes the files and lines of this machine at every node.
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         del part.metadata_props[:]
-    model.ir_version = IR_VERSION
+    return model
+
+
+def lower(model, opset: int):
+    """The same onnx.ModelProto for an older version of ONNX, in whose operations inputs were
+    attributes (ONNX's own converter fails on Split). RunError if it has no such operations."""
+    import onnx
+
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        added, since, name = CHANGED.get(node.op_type, ("", 0, ""))
+        if opset < OPSETS[-1]:
+            for attribute in [each for each in node.attribute if each.name == added]:
+                node.attribute.remove(attribute)
+        if opset < since and len(node.input) > 1 and node.input[1] in values:
+            value = onnx.numpy_helper.to_array(values[node.input.pop()])
+            node.attribute.append(onnx.helper.make_attribute(name, value.flatten().tolist()))
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in [each for each in model.graph.initializer if each.name not in read]:
+        model.graph.initializer.remove(tensor)
+    del model.opset_import[:]
+    model.opset_import.add(domain="", version=opset)
+    model.ir_version = IR_VERSIONS[opset]
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # of several kinds
+        reason = str(error).strip().partition("\n")[0][:150]
+        raise RunError(f"the network cannot be written as --opset {opset}: {reason}") from None
     return model
 
 

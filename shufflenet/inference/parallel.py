@@ -65,23 +65,21 @@ class _Parts(torch.autograd.Function):
             return torch.autograd.grad(output, ctx.parameters, part, allow_unused=True)
 
         parts = gradient.split([len(output) for output in ctx.outputs])
-        total, *others = _map(ctx.threads, gradients_of, ctx.outputs, parts)
-        total = list(total)
-        for gradients in others:
-            for place, more in enumerate(gradients):
-                if more is not None:  # a parameter may be unused in a part
-                    total[place] = more if total[place] is None else total[place] + more
-        return None, None, None, *total
+        gradients = _map(ctx.threads, gradients_of, ctx.outputs, parts)
+        columns = zip(*gradients, strict=True)  # of each parameter, which a part may not use
+        used = [[each for each in column if each is not None] for column in columns]
+        return None, None, None, *(sum(each[1:], each[0]) if each else None for each in used)
 
 
 def _map(threads: int, function: Callable, *columns: Sequence) -> list:
     """function of the items of the columns, by threads in the modes of the caller."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    before = torch.get_num_threads()
     amp, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def work(*items: object) -> object:
         with (
-            torch_threads(1),
+            torch_threads(1, before),
             torch.inference_mode(inference),
             torch.set_grad_enabled(grad),
             torch.autocast("cpu", dtype, enabled=amp),

@@ -1,21 +1,27 @@
 """Every drawing of the project; all but `show_images` without pyplot, so without a window."""
 
+import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+try:
+    import matplotlib
+except ValueError:  # MPLBACKEND, inherited from a notebook, names what is not installed here
+    del os.environ["MPLBACKEND"]
+    import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from shufflenet.common.files import replacing
 from shufflenet.common.messages import RunError, notice, printable
 from shufflenet.inference.metrics import confusions
-from shufflenet.reading.image import load_rgb
+from shufflenet.reading.image import load_crop
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind, too (Okabe and Ito)
 
@@ -23,19 +29,22 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind, too (Okab
 CHINESE = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei", "PingFang SC")
 INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
 FAMILIES = ["DejaVu Sans", *(font for font in CHINESE if font in INSTALLED)]
-matplotlib.rcParams["font.family"] = FAMILIES
+FONTS = {"font.family": FAMILIES}  # while we draw: the process may be somebody else's
 FONT_FILE = font_manager.findfont(FAMILIES[-1])  # Pillow takes all letters from one
+LACKS = "lacks letters: install a font that has them, such as Noto Sans CJK"
 
 
+@matplotlib.rc_context(FONTS)
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure atomically; the suffix chooses PNG, JPEG, PDF or SVG."""
     with warnings.catch_warnings(record=True) as caught, replacing(path) as file:
         warnings.simplefilter("always")
         figure.savefig(file, format=Path(path).suffix[1:].lower() or "png")
     if any("missing from font" in str(warning.message) for warning in caught):
-        notice(f"{path} lacks letters: install a font that has them, such as Noto Sans CJK")
+        notice(f"{path} {LACKS}")
 
 
+@matplotlib.rc_context(FONTS)
 def draw_curves(history: Sequence[dict], best: dict) -> Figure:
     """Loss and accuracy over the epochs: the rows of metrics.csv, and "epoch" and "accuracy" of the
     best one; epoch 0 is `fc` alone, trained first."""
@@ -43,28 +52,36 @@ def draw_curves(history: Sequence[dict], best: dict) -> Figure:
     epochs = [row["epoch"] for row in trained]
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        shown = []
         for side, style in (("train", "--"), ("val", "-")):
             values = [row[f"{side}_{name}"] for row in trained]
             axes.plot(epochs, values, style, marker="o", markersize=3, label=side)
+            shown += values
         if history[0]["epoch"] == 0:
-            axes.plot([0], [history[0][f"val_{name}"]], "k*", label="val, fc alone")
+            axes.plot([0], [history[0][f"val_{name}"]], "k*", label="val, at the start")
+            shown.append(history[0][f"val_{name}"])
+        highest = 4 * np.median(shown)
+        if name == "loss" and max(shown) > highest:  # one epoch would flatten all others
+            axes.set_ylim(0, highest)
+            axes.annotate(f"up to {max(shown):.3g}", (0.02, 0.95), xycoords="axes fraction")
         axes.axvline(best["epoch"], color="0.4", linestyle=":", label="best epoch")
         axes.set_xlabel("epoch")
         axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(name)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     axes.set_title(f"accuracy (best {best['accuracy']:.3f} in epoch {best['epoch']})")
     return figure
 
 
+@matplotlib.rc_context(FONTS)
 def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """Counts (n, n), rows the truth, columns the prediction; shades are the share of a row. Beside
-    more than 20 classes, whose names could not be read, the largest confusions."""
+    more than 40 classes, whose names could not be read, the largest confusions."""
     n = len(classes)
-    large = n > 20
-    size = (16, 7) if large else (4.5 + 0.55 * n, 4 + 0.55 * n)
+    large, cell = n > 40, 0.55 if n <= 20 else 0.4
+    size = (16, 7) if large else (4.5 + cell * n, 4 + cell * n)
     # "compressed" is for axes that stay square; "constrained" cuts off their label.
     figure = Figure(figsize=size, dpi=150, layout="compressed")
     axes, *bars = figure.subplots(1, 1 + large, squeeze=False)[0]
@@ -80,6 +97,7 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], title: 
         bars[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         bars[0].invert_yaxis()
         bars[0].set(xlabel="images", title="largest confusions")
+        axes.set(xticks=[], yticks=[])
         return figure
     names = [short(name) for name in classes]
     axes.set_xticks(range(n), names, parse_math=False, rotation=45, ha="right")
@@ -97,6 +115,9 @@ def draw_sheet(cells: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
     rows = -(-len(cells) // columns)
     sheet = Image.new("RGB", (columns * (side + 8), rows * (side + line + 8)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT_FILE, 12)
+    letters = font_manager.get_font(FONT_FILE).get_charmap()
+    if any(ord(letter) not in letters for _, caption in cells for letter in printable(caption)):
+        notice(f"the sheet of images {LACKS}")
     for number, (pixels, caption) in enumerate(cells):
         x, y = (number % columns) * (side + 8) + 4, (number // columns) * (side + line + 8) + 4
         sheet.paste(Image.fromarray(pixels).resize((side, side)), (x, y + line))
@@ -118,13 +139,15 @@ class Panel(NamedTuple):
     heat: tuple[np.ndarray, np.ndarray] | None = None
 
 
+@matplotlib.rc_context(FONTS)
 def draw_images(panels: Sequence[Panel], figure: Figure | None = None) -> Figure:
     """A grid of squares, on an empty figure or a new one."""
     wide = 2 if panels[0].heat else 1
-    columns = min(4 // wide, len(panels))
-    rows = -(-len(panels) // columns)
     side = 5 if len(panels) == 1 else 3  # inches; one image gets a large panel
     height = side + 0.5 + 0.15 * max(len(panel.details) for panel in panels)
+    square = math.ceil(math.sqrt(len(panels) * height / (side * wide)))
+    columns = min(max(4 // wide, square), len(panels))
+    rows = -(-len(panels) // columns)
     figure = figure or Figure()
     figure.set_size_inches(side * columns * wide, height * rows)
     figure.set_layout_engine("constrained")
@@ -133,7 +156,7 @@ def draw_images(panels: Sequence[Panel], figure: Figure | None = None) -> Figure
         if panel.heat:
             axes.imshow(beside_heat(*panel.heat))
         else:
-            axes.imshow(ImageOps.fit(load_rgb(panel.path), (400, 400)))
+            axes.imshow(load_crop(panel.path, _square, 400, spare=1))
         axes.set(xticks=[], yticks=[])
         colour = {True: BLUE, False: ORANGE, None: "black"}[panel.right]
         axes.spines[:].set(color=colour, linewidth=0 if panel.right is None else 3)
@@ -141,6 +164,12 @@ def draw_images(panels: Sequence[Panel], figure: Figure | None = None) -> Figure
         lines = "\n".join([*panel.details, short(Path(panel.path).name, 40)])
         axes.set_xlabel(lines, fontsize=8, parse_math=False)
     return figure
+
+
+def _square(width: int, height: int) -> tuple[float, ...]:
+    """The largest square in the centre."""
+    left, top = max(0, width - height) / 2, max(0, height - width) / 2
+    return left, top, width - left, height - top
 
 
 def beside_heat(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -45,9 +45,10 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Compute with so many of torch's threads, and give the caller theirs back."""
-    before = torch.get_num_threads()
+def torch_threads(count: int, before: int | None = None) -> Iterator[None]:
+    """Compute with so many of torch's threads, then with as many as `before`. What is set last
+    holds for threads that begin later, so of several that come here each is told what to leave."""
+    before = before or torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
@@ -72,30 +73,32 @@ class Normalize(nn.Module):
 def exact_float32() -> Iterator[None]:
     """Compute convolutions in all 23 bits of float32: NVIDIA's GPUs take 10 of them (TF32) where
     nothing else is said, which moves logits by 1e-3."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def move(x: Tensor, device: torch.device) -> Tensor:
     """Copy to a device. One of NVIDIA computes on meanwhile: out of pageable memory the copy would
     wait for all that it has been given to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def torch_runtime(network: Callable, device: torch.device, preprocessing: dict) -> Callable:
     """A runtime, uint8 (N, H, W, 3) to float32 (N, outputs), of a function of normalised images
     (N, 3, H, W). On a CPU each thread that calls it computes on one core; a GPU takes one thread,
     since cuDNN plans for each anew, and Apple's aborts (pytorch#197805)."""
-    normalize = Normalize(preprocessing).to(device)
+    normalize, threads = Normalize(preprocessing).to(device), torch.get_num_threads()
 
     @torch.inference_mode()
     def runtime(images: np.ndarray) -> np.ndarray:
         x = move(torch.from_numpy(images), device).permute(0, 3, 1, 2)  # (N,H,W,3) -> (N,3,H,W)
-        with torch_threads(1) if device.type == "cpu" else exact_float32():
+        with torch_threads(1, threads) if device.type == "cpu" else exact_float32():
             return network(normalize(x)).cpu().numpy()
 
     return runtime

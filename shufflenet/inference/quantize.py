@@ -13,7 +13,7 @@ from shufflenet.inference.classifier import Classifier
 from shufflenet.inference.metadata import Metadata
 from shufflenet.inference.metrics import measure
 from shufflenet.inference.runtimes import stream, takes_bytes
-from shufflenet.reading.folders import BadImages, Images, with_labels
+from shufflenet.reading.folders import BadImages, Part
 from shufflenet.reading.image import ImageError
 
 CALIBRATION = 100  # images that show how large activations get
@@ -68,13 +68,13 @@ def _weight_ranges(model) -> dict:
 
 
 def quantize_and_measure(
-    data: bytes, metadata: Metadata, train: Images, val: Images
+    data: bytes, metadata: Metadata, train: Part, val: Part
 ) -> tuple[bytes, dict]:
-    """The file in 8 bits, calibrated on some images of `train`, {class: paths}, and the figures of
-    both files on `val`."""
-    paths, _ = with_labels(train, metadata.classes)
+    """The file in 8 bits, calibrated on some images of `train`, and the figures of both files on
+    `val`: paths, and the index of the class of each."""
+    paths, _ = train
     paths = paths[:: -(-len(paths) // CALIBRATION)]  # they come by class: some of each
-    val_paths, labels = with_labels(val, metadata.classes)
+    val_paths, labels = val
     bad, images = BadImages(len(paths) + len(val_paths)), []
     normalised = takes_bytes(lambda x: x, metadata.preprocessing)
     for _, answer in stream(paths, normalised, metadata.preprocessing, cores()):

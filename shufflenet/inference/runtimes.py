@@ -9,14 +9,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from shufflenet.common.messages import RunError
 from shufflenet.inference.metadata import Metadata
 from shufflenet.reading.ahead import ahead
-from shufflenet.reading.image import ImageError, load_centre
+from shufflenet.reading.image import ImageError, Source, load_centre
 
 BATCH = 16  # images; more are slower on a CPU, see parallel.py
 Runtime = Callable[[np.ndarray], np.ndarray]
@@ -35,7 +34,7 @@ def open_onnx(path: Path, runtime_name: str, threads: int) -> tuple[Runtime, Met
     except ImportError:
         raise
     except Exception as error:  # each runtime has its own classes of errors
-        reason = str(error).strip().rpartition("\n")[2]
+        reason = str(error).strip().rpartition("\n")[2][:200]
         raise RunError(f"{path}: damaged, or no file of export.py ({reason})") from None
     if outputs != len(metadata.classes):
         named = len(metadata.classes)
@@ -94,12 +93,12 @@ OPENERS = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
 
 
 def stream(
-    paths: Sequence[str | Path | IO[bytes]],
+    paths: Sequence[Source],
     runtime: Runtime,
     preprocessing: dict,
     threads: int,
     on_gpu: bool = False,
-) -> Iterator[tuple[str | Path | IO[bytes], np.ndarray | ImageError]]:
+) -> Iterator[tuple[Source, np.ndarray | ImageError]]:
     """Run a network on image files, with threads that each read some and compute them on one core:
     none waits for another, and no more images are in memory than the threads have in hand. For a
     network `on_gpu` the threads only read, and it is run by the caller's.

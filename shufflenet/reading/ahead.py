@@ -12,14 +12,16 @@ def ahead(work: Callable, items: Iterable, threads: int) -> Iterator:
     if not threads:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nobody asks for the others
 
 
 def batches(length: int, size: int, seed: int | None, epoch: int) -> list[list[int]]:

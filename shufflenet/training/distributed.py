@@ -19,7 +19,8 @@ from shufflenet.inference.metrics import Tally, sum_up
 
 def join(device: torch.device) -> None:
     """Meet the other processes, to share gradients on a `device`; torchrun may start only one."""
-    if WORLD == 1 and not torch.distributed.is_torchelastic_launched():
+    alone = device.type == "mps" or not torch.distributed.is_torchelastic_launched()
+    if WORLD == 1 and alone:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "mps":

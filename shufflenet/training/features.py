@@ -34,7 +34,7 @@ from shufflenet.inference.pytorch import torch_runtime
 from shufflenet.inference.rewrite import rewrite_for_inference
 from shufflenet.inference.runtimes import stream
 from shufflenet.reading.ahead import batches
-from shufflenet.reading.folders import BadImages
+from shufflenet.reading.folders import BadImages, Part
 from shufflenet.reading.image import ImageError
 
 CACHE = Path(__file__).parents[2] / ".cache" / "features"
@@ -106,9 +106,6 @@ class Features(NamedTuple):
 
     values: np.ndarray
     row_of: dict[str, int]
-
-
-Part = tuple[Sequence[str], Sequence[int]]  # paths of images, and the index of the class of each
 
 
 def head_and_loaders(

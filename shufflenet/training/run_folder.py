@@ -31,6 +31,9 @@ from shufflenet.training.features import Head
 
 # Options that say where and how fast a run goes, not what it computes.
 FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs", "patience"}
+# Options that TensorBoard compares, in this order.
+COMPARED = ("model", "lr", "weight_decay", "batch_size", "epochs", "lrf", "weights")
+COMPARED += ("freeze_layers", "fc_first", "freeze_bn", "train_size", "random_erase", "seed", "amp")
 DRAWN_ANEW = 10  # seconds of an epoch beside which drawing takes no time
 
 
@@ -48,6 +51,9 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
         if getattr(options, name) != began[name]:
             flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
             raise UsageError(f"{last} began with {began[name]}: omit {flag}, or start a new run")
+    if state["best"] and not (last.parent / "best.pth").exists():
+        todo = f"put it back, or start a new run with --weights {last}"
+        raise UsageError(f"{last.parent} lacks best.pth: {todo}")
     if options.epochs != began["epochs"]:
         notice(f"--epochs {options.epochs}, was {began['epochs']}: the rates ahead change, too")
     done = state["history"][-1]["epoch"] if state["history"] else 0
@@ -111,10 +117,10 @@ class RunFolder:
         learner: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> bool:
-        """Keep what an epoch brought: its figures, among them "epoch", "seconds" and
-        "images_per_second", and the state of what learns. Returns whether it is the best so far."""
+        """Keep what an epoch brought: its figures, among them "epoch" and "seconds", and the state
+        of what learns. Returns whether it is the best so far."""
         row = dict(figures)
-        speed = row.pop("images_per_second")
+        speed = row.pop("images_per_second", None)
         self.seconds.append(row.pop("seconds"))  # apart, since no two runs have the same
         self.history.append(row)
         self._learning = {"optimizer": optimizer.state_dict()} if optimizer else None
@@ -153,14 +159,15 @@ class RunFolder:
         rows = [row | {"seconds": round(seconds, 2)} for row, seconds in pairs]
         save_rows(rows, self.folder / "metrics.csv")
 
-    def _log(self, row: dict, images_per_second: float) -> None:
+    def _log(self, row: dict, images_per_second: float | None) -> None:
         """Add an epoch to TensorBoard's events: train_loss as loss/train, and so on."""
         for name, value in row.items():
             side, _, figure = name.partition("_")
             if side in ("train", "val"):
                 self._writer.add_scalar(f"{figure}/{side}", value, row["epoch"])
         self._writer.add_scalar("learning_rate", row["lr"], row["epoch"])
-        self._writer.add_scalar("images_per_second", images_per_second, row["epoch"])
+        if images_per_second:
+            self._writer.add_scalar("images_per_second", images_per_second, row["epoch"])
         self._writer.flush()
 
     @if_possible()
@@ -185,8 +192,8 @@ class RunFolder:
         self._draw()
         options = {
             name: printable(value) if isinstance(value, str) else value  # paths may be any bytes
-            for name, value in self.metadata.args.items()
-            if value is not None and name not in ("data", "date", "typed", "output_dir")
+            for name in COMPARED
+            if (value := self.metadata.args.get(name)) is not None
         }
         best = {f"best/{name}": self.best[name] for name in ("accuracy", "loss", "epoch")}
         for name, value in best.items():

@@ -14,12 +14,11 @@ from shufflenet.common import messages, options
 
 
 def leave(main):
-    """The exit code of a script."""
+    """The exit code of a script; the process is left as it was."""
     handlers = {number: signal.getsignal(number) for number in (2, 15)}
     with pytest.raises(SystemExit) as stop:
         options.run_script(main)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    assert handlers == {number: signal.getsignal(number) for number in (2, 15)}
     return stop.value.code
 
 
@@ -41,7 +40,8 @@ MISTAKES = {
     "--epochs 1.5": "'1.5' is not a whole number from 1 to 1e+09 (see --help)",
     "--num_classes 5": "--num-classes: the folders, or the weights, tell the classes; omit it",
     "--zzz": "unrecognized arguments: --zzz (see --help)",
-    "é郁\n\x1b[2J\u2028\u202e\udcff": r": é郁\n\x1b[2J\u2028\u202e\udcff (see --help)",
+    "my_images": "my_images stands alone: write --data-path my_images",
+    "--é郁\n\x1b[2J\u2028\u202e\udcff": r": --é郁\n\x1b[2J\u2028\u202e\udcff (see --help)",
 }
 
 
@@ -58,7 +58,8 @@ OUTCOMES = [
     (messages.RunError("it broke\nbadly"), 1, "error: it broke\\nbadly\n"),
     (OSError(28, "No space left on device", "a/b"), 1, "error: No space left on device: a/b\n"),
     (RuntimeError("can't allocate memory"), 1, "error: out of memory: use a smaller"),
-    (MemoryError(), 1, "error: out of memory: use a smaller --batch-size\n"),
+    (MemoryError(), 1, "error: out of memory: use a smaller --batch-size or fewer --workers\n"),
+    (KeyboardInterrupt(), 130, "error: interrupted\n"),
     (
         ImportError("no tqdm", name="tqdm"),
         2,
@@ -94,11 +95,12 @@ def run(code, **options):
 
 
 BUSY = """
-import threading, time
+import signal, time
+from shufflenet.reading.ahead import ahead
+signal.signal(2, signal.default_int_handler)  # whoever started this may ignore it
 def main():
-    threading.Thread(target=time.sleep, args=[60]).start()
-    say("busy")
-    time.sleep(60)
+    for _ in ahead(time.sleep, [0.1] * 1000, 2):
+        say("busy")
 """
 
 
@@ -107,8 +109,35 @@ def test_a_signal_ends_the_process_and_its_threads_at_once_in_one_line(signum, w
     with run(BUSY) as process:
         assert process.stdout.readline() == b"busy\n"
         process.send_signal(signum)
-        assert process.communicate(timeout=30) == (b"", b"error: " + word + b"\n")
+        assert process.communicate(timeout=30)[1] == b"error: " + word + b"\n"
     assert process.returncode == 128 + signum
+
+
+GUEST = """
+import cProfile, io, sys, threading
+from shufflenet.common.options import run_script
+sys.stdout = io.StringIO()  # as a notebook's, which cannot be reconfigured
+profile = cProfile.Profile()
+profile.runcall(run_script, lambda: print("result"))  # returns
+thread = threading.Thread(target=run_script, args=[lambda: print("again")])
+thread.start(), thread.join()
+profile.create_stats()
+sys.__stdout__.write(sys.stdout.getvalue() + str(len(profile.stats) > 1))
+main = lambda: None
+"""
+
+
+def test_a_script_is_a_guest_in_a_notebook_a_thread_or_a_profiler():
+    with run(GUEST) as process:
+        assert process.communicate(timeout=30) == (b"result\nagain\nTrue", b"")
+    assert process.returncode == 0
+
+
+def test_with_stderr_closed_only_results_are_on_stdout():
+    code = "main = lambda: (notice('a notice'), say('a result'))"
+    with run(code, preexec_fn=lambda: os.close(2)) as process:
+        assert process.communicate(timeout=30) == (b"a result\n", b"")
+    assert process.returncode == 0
 
 
 def test_letters_that_a_pipe_lacks_are_escaped():

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from shufflenet.common.messages import RunError, UsageError
 from shufflenet.inference import runtimes
@@ -16,7 +17,7 @@ from shufflenet.inference.checkpoint import load_trained
 from shufflenet.inference.classifier import Classifier
 from shufflenet.inference.pytorch import Normalize, torch_runtime
 from shufflenet.inference.runtimes import OPENERS, stream
-from shufflenet.reading.image import ImageError, load_centre
+from shufflenet.reading.image import ImageError, load_centre, load_rgb
 
 SIZES = {"resize": 40, "crop": 32}
 each_runtime = pytest.mark.parametrize("runtime", OPENERS)
@@ -49,7 +50,7 @@ def test_runtimes_compute_what_pytorch_computes(run_dir, onnx_file, paths, expec
         assert distance(answers, expected) < 1e-5
     args = trained.metadata.args
     kept = {name: args[name] for name in ("val_rate", "seed", "data")}
-    assert exported.metadata == replace(trained.metadata, args=kept)
+    assert exported.metadata == replace(trained.metadata, args=kept, trained_on=[])
     assert args["epochs"] == 2
     assert (exported.computed_by, trained.computed_by) == (runtime, "PyTorch on cpu")
 
@@ -94,6 +95,36 @@ def test_a_damaged_or_foreign_file_is_one_line(onnx_file, tmp_path, runtime, con
     with pytest.raises(RunError, match="bad.onnx: (damaged, or no file|names 2 cl)") as caught:
         Classifier(tmp_path / "bad.onnx", runtime=runtime)
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_may_be_in_memory(run_dir, flowers, tmp_path):
+    """As a path, an open file, bytes, a PIL image or an array; it is left as it was."""
+    classify = Classifier(run_dir / "best.pth")
+    path = flowers / "roses" / "roses_000.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.open(path).save(tmp_path / "a.png", exif=exif)
+    expected = classify(tmp_path / "a.png")
+    picture, data = Image.open(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()
+    with open(tmp_path / "a.png", "rb") as file:
+        kinds = [str(tmp_path / "a.png"), file, data, bytearray(data), picture]
+        kinds.append(np.asarray(load_rgb(picture)))
+        assert all(classify(kind) == expected for kind in kinds)
+    assert picture.getexif()[0x0112] == 6
+    pixels, _ = classify.explain(data, "roses")
+    assert pixels.shape == (224, 224, 3)
+
+
+ODD = [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((8, 8, 4), np.uint8), None, 3]
+
+
+@pytest.mark.parametrize("image", [*ODD, torch.zeros(3, 300, 300), ["a.jpg"] * 99])
+def test_what_is_no_image_is_a_short_type_error(run_dir, image):
+    with pytest.raises(
+        TypeError, match="no image but .*; expected a path, an open file, "
+    ) as caught:
+        Classifier(run_dir / "best.pth")(image)
+    assert len(str(caught.value)) < 200
 
 
 def mean_colour(images):

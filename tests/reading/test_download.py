@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -99,7 +100,30 @@ def test_without_network_one_line_says_what_to_put_where_and_that_is_checked(fet
         fetch(NOWHERE)
     place.write_bytes(GOOD)
     fetch(NOWHERE)
+    assert sorted(os.listdir(tmp_path / "data")) == ["flowers", "flowers.tgz"]
+
+
+def test_two_first_starts_at_once_leave_one_whole_data_set(fetch, tmp_path, url, monkeypatch):
+    """The second begins while the first unpacks, and ends first."""
+    unpack, starts = shutil.unpack_archive, []
+
+    def unpack_twice(archive, folder):
+        starts.append(folder)
+        if len(starts) == 1:
+            fetch(url)
+        unpack(archive, folder)
+
+    monkeypatch.setattr(shutil, "unpack_archive", unpack_twice)
+    target = fetch(url)
+    assert len(set(starts)) == 2
+    assert len(contents(target)) == len(FILES)
     assert os.listdir(tmp_path / "data") == ["flowers"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(fetch, tmp_path, url):
+    (tmp_path / "data").touch()
+    with pytest.raises(UsageError, match="data/flowers cannot be made .*: name a folder of images"):
+        fetch(url)
 
 
 def test_any_other_path_has_to_be_a_folder(tmp_path):

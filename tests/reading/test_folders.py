@@ -13,6 +13,8 @@ from shufflenet.reading.folders import (
     find_images,
     find_parts,
     fingerprint,
+    image_hashes,
+    refuse_unknown,
     require_classes,
     split_images,
 )
@@ -48,9 +50,7 @@ def tutorial_split(root, val_rate, seed=0):
 
 
 def split(root, val_rate, seed):
-    train, val = split_images(find_parts(root), val_rate, seed)
-    require_classes(train, val, root)
-    return train, val
+    return require_classes(split_images(find_parts(root), val_rate, seed), root)
 
 
 def joined(images):
@@ -74,36 +74,92 @@ def test_what_is_skipped_is_said_in_one_line_of_each_kind(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"skipped {tmp_path}/no\\nimage: no image in it",
         f"skipped {tmp_path}/words: no image in it",
-        f"skipped in {tmp_path}: 1 .heic, 3 .txt, 1 images in no class folder, 1 without a suffix",
+        f"skipped in {tmp_path}: 1 .heic, 3 .txt, 1 images in no class folder, 5 of the system, "
+        "1 without a suffix",
     ]
 
 
-def test_a_class_and_an_image_may_be_links_but_no_link_leads_back_up(tmp_path):
+LEFT = ["@eaDir/000.jpg", "#recycle/a.jpg", "$RECYCLE.BIN/a.jpg", "__MACOSX/rose/._000.jpg"]
+LEFT += [
+    "Thumbs.db",
+    ".Spotlight-V100/a.jpg",
+    "lost+found/b.jpg",
+    "System Volume Information/c.jpg",
+]
+
+
+@pytest.mark.parametrize("below", ["", "rose", "rose/deep/er", "train/rose"])
+def test_what_systems_leave_is_skipped_at_every_level_and_counted(tmp_path, capsys, below):
+    for part in ("train", "val") if below.startswith("train") else ("",):
+        fill(tmp_path / part, rose=2, tulip=2)
+    for name in LEFT:
+        put(tmp_path / below / name)
+    for images in find_parts(tmp_path).values():
+        assert {name: len(paths) for name, paths in images.items()} == {"rose": 2, "tulip": 2}
+    # Of the root the folder of a class list does not count loose files that are no images.
+    assert f"{len(LEFT) - (below == '')} of the system" in capsys.readouterr().err
+
+
+def test_names_are_compared_in_one_form_of_unicode(tmp_path):
+    prints = []
+    for part, name in (("train", "cafe\u0301"), ("val", "caf\u00e9")):
+        fill(tmp_path / part, **{name: 2, "cafz": 2})
+        put(tmp_path / part / name / f"{name}.jpg", "x")
+        prints.append(fingerprint(find_parts(tmp_path / part), tmp_path / part))
+    train, val = split(tmp_path, 0.2, 0)
+    assert list(train) == list(val) == ["cafz", "caf\u00e9"]
+    assert image_hashes([train["caf\u00e9"][-1]]) == image_hashes([val["caf\u00e9"][-1]])
+
+
+def test_links_are_followed_at_every_level_but_not_round_in_circles(tmp_path, capsys):
     rose = fill(tmp_path / "flowers", rose=2, daisy=2) / "rose"
+    more = fill(tmp_path / "elsewhere", more=3) / "more"
     (rose / "up").symlink_to("..")
+    (rose / "self").symlink_to(rose)
+    (rose / "more").symlink_to(more)
+    (more / "back").symlink_to(more)
     (rose / "linked.jpg").symlink_to(rose / "000.jpg")
     (rose.parent / "twin").symlink_to("daisy")
     found = find_images(rose.parent)
-    assert {name: len(paths) for name, paths in found.items()} == {"daisy": 2, "rose": 3, "twin": 2}
+    assert {name: len(paths) for name, paths in found.items()} == {"daisy": 2, "rose": 6, "twin": 2}
+    assert "3 links to a folder that is searched anyway" in capsys.readouterr().err
 
 
-def test_the_fingerprint_is_of_names_and_parts_not_of_the_place(tmp_path):
+def test_the_fingerprint_is_of_places_and_sizes_below_the_root(tmp_path):
     prints = []
-    for root, rose, side in (("a", 2, "val"), ("b", 2, "test"), ("c", 3, "val")):
+    for root in "abcd":
         fill(tmp_path / root / "train", daisy=2, rose=2)
-        fill(tmp_path / root / side, daisy=2, rose=rose)
-        prints.append(fingerprint(find_parts(tmp_path / root)))
-    prints.append(fingerprint(find_parts(tmp_path / "a/train")))
+        fill(tmp_path / root / "val", daisy=2, rose=2)
+        for path in (tmp_path / root).rglob("*.jpg"):
+            path.write_text(path.name)
+    (tmp_path / "c/val/rose/000.jpg").write_text("another size")
+    (tmp_path / "d/val/rose").rename(tmp_path / "d/val/roses")
+    prints = [fingerprint(find_parts(tmp_path / root), tmp_path / root) for root in "abcd"]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
 
 
-def test_a_folder_of_data_sets_is_noticed(tmp_path, capsys):
-    for name in ("cats", "dogs"):
-        fill(tmp_path / name, small=1, large=1)
+def test_images_are_known_by_name_and_size_wherever_they_lie(tmp_path):
+    here, there = put(tmp_path / "a/1.jpg", "12"), put(tmp_path / "b/c/1.jpg", "34")
+    others = [put(tmp_path / "a/2.jpg", "12"), put(tmp_path / "d/1.jpg", "123")]
+    assert image_hashes([here]) == image_hashes([there, here])
+    assert set(image_hashes([here])).isdisjoint(image_hashes(others))
+    assert all(0 <= value < 1 << 64 for value in image_hashes(others))
+    assert len(image_hashes(others)) == 2
+
+
+def test_a_folder_of_data_sets_is_noticed_and_parts_of_other_names_are_refused(tmp_path, capsys):
+    fill(tmp_path / "cats", small=1, large=1)
+    fill(tmp_path / "dogs", old=1, young=1)
     assert list(find_images(tmp_path)) == ["cats", "dogs"]
     said = f"{tmp_path} holds folders of folders: if each is a data set, "
     assert capsys.readouterr().err.startswith(said)
+    for name in ("fold1", "fold2"):
+        fill(tmp_path / "folds" / name, cat=1, dog=1)
+    with pytest.raises(
+        UsageError, match="fold1, fold2 hold the same folders, cat, dog: call parts"
+    ):
+        find_parts(tmp_path / "folds")
 
 
 def test_without_class_folders_the_layout_and_the_likely_folder_are_named(tmp_path):
@@ -130,62 +186,162 @@ def test_the_images_that_the_tutorial_draws_are_drawn(tmp_path, val_rate, seed):
     )
 
 
-def test_a_class_too_small_for_both_sides_is_an_error_that_names_it(tmp_path):
+def test_of_a_small_class_one_image_is_drawn_and_a_single_one_is_trained_on(tmp_path, capsys):
     fill(tmp_path, daisy=9)
-    with pytest.raises(
-        UsageError, match=f"^{tmp_path} has only one class; name {tmp_path}/daisy if"
-    ):
+    with pytest.raises(UsageError, match=f"^{tmp_path} has only one class, daisy; --data-path na"):
         split(tmp_path, 0.2, 0)
-    fill(tmp_path, rose=4)
-    said = "class rose has no image for validation, of 4 in all; add images, or change --val"
-    with pytest.raises(UsageError, match=said):
-        split(tmp_path, 0.2, 0)
-
-
-@pytest.mark.parametrize("second", ["Val", "valid", "validation", "test"])
-def test_train_and_val_folders_are_taken_as_they_are(tmp_path, capsys, second):
-    fill(tmp_path / "train", rose=3, daisy=2)
-    fill(tmp_path / second, rose=1, daisy=5)
+    fill(tmp_path, rose=3, tulip=1)
     train, val = split(tmp_path, 0.2, 0)
+    assert {name: len(paths) for name, paths in train.items()} == {
+        "daisy": 8,
+        "rose": 2,
+        "tulip": 1,
+    }
+    assert {name: len(paths) for name, paths in val.items()} == {"daisy": 1, "rose": 1}
+    assert capsys.readouterr().err.splitlines() == [
+        "no image to validate: tulip",
+        "classes have 1 to 8 images to train, and 2 only one to validate: accuracy says little of "
+        "small ones",
+    ]
+
+
+def test_parts_are_recognised_as_they_are_unpacked(tmp_path):
+    """As Kaggle's archives are: a folder in a folder of the same name, a word before the part."""
+    fill(tmp_path / "seg_train/seg_train", rose=3, daisy=2)
+    fill(tmp_path / "seg_test/seg_test", rose=1, daisy=5)
+    put(tmp_path / "seg_pred/seg_pred/1.jpg")
+    assert list(find_parts(tmp_path)) == ["train", "test", "val"]
+    for name in ("bullet train", "test tube", "bus"):  # classes
+        fill(tmp_path / "things", **{name: 2})
+    assert list(find_parts(tmp_path / "things")) == ["all"]
+
+
+def test_neither_the_order_of_a_folder_nor_a_link_to_itself_matters(tmp_path):
+    rose = fill(tmp_path / "flowers", rose=1, daisy=1) / "rose"
+    put(rose / "b/1.jpg")
+    (rose / "a").symlink_to("b")
+    (rose.parent / "loop").symlink_to("loop")
+    assert find_images(rose.parent)["rose"] == [str(rose / "000.jpg"), str(rose / "b/1.jpg")]
+
+
+NAMES = [("train", "Val"), ("TRAINING", "valid"), ("Train", "validation"), ("train", "dev")]
+NAMES += [("train2017", "val2017"), ("train_set", "Validation Set"), ("训练集", "验证集")]
+
+
+@pytest.mark.parametrize(("first", "second"), NAMES)
+def test_parts_are_taken_as_they_are_whatever_they_are_called(tmp_path, capsys, first, second):
+    fill(tmp_path / first, rose=3, daisy=2)
+    fill(tmp_path / second, rose=1, daisy=5)
     parts = find_parts(tmp_path)
-    assert [train, val] == parts == [find_images(tmp_path / side) for side in ("train", second)]
+    assert parts == {"train": find_images(tmp_path / first), "val": find_images(tmp_path / second)}
+    train, val = split(tmp_path, 0.2, 0)
+    assert [train, val] == [*parts.values()]
     assert all_images(parts) == {name: train[name] + val[name] for name in ("daisy", "rose")}
     assert read_split_data(str(tmp_path))[1::2] == ([0, 0, 1, 1, 1], [0] * 5 + [1])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["test", "Testing", "test1"])
+def test_test_is_a_part_of_its_own_and_validates_where_there_is_no_val(tmp_path, capsys, name):
+    for part in ("train", "valid", name):
+        fill(tmp_path / part, rose=2, daisy=2)
+    parts = find_parts(tmp_path)
+    assert list(parts) == ["train", "val", "test"]
+    assert parts["val"] == find_images(tmp_path / "valid")
+    for path in (tmp_path / "valid").rglob("*.jpg"):
+        path.unlink()
+    (tmp_path / "valid/rose").rmdir(), (tmp_path / "valid/daisy").rmdir()
+    (tmp_path / "valid").rmdir()
+    capsys.readouterr()
+    assert split(tmp_path, 0.2, 0)[1] == find_images(tmp_path / name)
     said = f"{tmp_path} holds no val/: test/ is taken for validation\n"
-    assert set(capsys.readouterr().err.splitlines(True)) == ({said} if second == "test" else set())
+    assert capsys.readouterr().err == said
+    assert sum(map(len, all_images(find_parts(tmp_path)).values())) == 8  # each once
 
 
-def test_train_alone_is_an_error_and_of_val_and_test_val_is_taken(tmp_path):
+def test_train_alone_is_an_error(tmp_path):
     fill(tmp_path / "train", rose=2, daisy=2)
-    with pytest.raises(UsageError, match="holds train/ alone: make a val/ .*, or name .*train"):
+    with pytest.raises(UsageError, match="holds train/ alone: add val/ with class folders, or"):
         split(tmp_path, 0.2, 0)
-    for name in ("valid", "test"):
+
+
+FLAT = [
+    (["train", "test1"], "train"),
+    (["train", "val"], "val"),
+    (["Training", "valid"], "Training"),
+]
+
+
+@pytest.mark.parametrize(("names", "flat"), FLAT)
+def test_folders_that_look_like_parts_but_hold_no_class_folders_are_refused(tmp_path, names, flat):
+    for name in names:
+        fill(tmp_path / name, cat=2, dog=2)
+    for number, path in enumerate((tmp_path / flat).rglob("*.jpg")):
+        path.rename(tmp_path / flat / f"cat.{number}.jpg")
+    for folder in ("cat", "dog"):
+        (tmp_path / flat / folder).rmdir()
+    said = (
+        f"{tmp_path}/{flat} holds 4 images in no class folder: sort them as .*/{flat}/CLASS/IMAGE"
+    )
+    with pytest.raises(UsageError, match=said):
+        find_parts(tmp_path)
+
+
+def test_unsorted_images_to_test_are_no_part_and_two_of_a_kind_are_an_error(tmp_path, capsys):
+    for name in ("train", "val", "test/unsorted"):
         fill(tmp_path / name, rose=2, daisy=2)
-    assert split(tmp_path, 0.2, 0)[1] == find_images(tmp_path / "valid")
+    for number, path in enumerate((tmp_path / "test").rglob("*.jpg")):
+        path.rename(tmp_path / "test" / f"{number}.jpg")
+    for name in ("unsorted/rose", "unsorted/daisy", "unsorted"):
+        (tmp_path / "test" / name).rmdir()
+    assert list(find_parts(tmp_path)) == ["train", "val"]
+    assert "test holds 4 images in no class folder" in capsys.readouterr().err
+    fill(tmp_path / "training", rose=2, daisy=2)
+    with pytest.raises(UsageError, match="/train and .*/training are both named as train: rename"):
+        find_parts(tmp_path)
 
 
-@pytest.mark.parametrize(("lacking", "said"), [("train", "training"), ("val", "validation")])
-def test_a_class_that_train_or_val_lacks_is_an_error(tmp_path, lacking, said):
-    for side in ("train", "val"):
-        fill(tmp_path / side, rose=2, daisy=2, tulip=2 * (side != lacking))
-    with pytest.raises(UsageError, match=f"class tulip has no image for {said}, of 2 in all"):
+def test_classes_that_training_lacks_are_all_named_with_the_likely_cause(tmp_path, capsys):
+    fill(tmp_path / "train", rose=2, daisy=2, tulip=2, **{"sun flower": 1})
+    fill(tmp_path / "val", Rose=3, daisy=1, sunflower=2, lily=1)
+    with pytest.raises(UsageError, match="3 of 4 classes are unknown, Rose, lily, sunflower: ren"):
         split(tmp_path, 0.2, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "unknown class Rose, 3 images; it looks like rose",
+        "unknown class lily, 1 images",
+        "unknown class sunflower, 2 images; it looks like sun flower",
+    ]
+    with pytest.raises(UsageError, match="its images are not sorted into a folder per class"):
+        refuse_unknown({"images": ["a", "b"]}, ["rose", "daisy", "tulip"], "val")
 
 
-def test_classes_called_train_and_val_are_classes_where_images_lie_in_them(tmp_path):
-    fill(tmp_path, train=10, val=10, plane=10)
-    expected = tutorial_split(tmp_path, 0.2)
-    for name in ("train", "val"):  # what a notebook leaves is no class
-        (tmp_path / name / ".ipynb_checkpoints").mkdir()
-    assert split(tmp_path, 0.2, 0) == expected
+def test_a_class_may_be_called_as_a_part(tmp_path):
+    fill(tmp_path, train=10, bus=10, plane=10)
+    fill(tmp_path / "train", steam=5)  # with images of its own below it
+    assert list(find_parts(tmp_path)) == ["all"]
+    train, val = split(tmp_path, 0.2, 0)
+    assert {name: len(paths) for name, paths in train.items()} == {
+        "bus": 8,
+        "plane": 8,
+        "train": 12,
+    }
+    assert sum(map(len, val.values())) == 7
 
 
 def test_bad_images_are_named_once_and_may_be_a_tenth(capsys):
     bad = BadImages(40)
-    for reason in ("empty", "could not be read"):  # by the disk, then by the cache
+    for _ in range(2):
         for number in range(4):
-            bad.add(ImageError(f"{number}.jpg", reason))
-    assert capsys.readouterr().err == "".join(f"skipped: {n}.jpg: empty\n" for n in range(4))
-    with pytest.raises(RunError, match="^5 of 40 images cannot be .* than 10%: check the disk"):
-        bad.note(["3.jpg", "4.jpg"])
+            bad.add(ImageError(f"{number}.jpg", "cut off" if number else "no image, but empty"))
+    assert capsys.readouterr().err.count("skipped: ") == 4
+    said = "^5 of 40 images cannot be read, more than 10%; most often: cut off$"
+    with pytest.raises(RunError, match=said):
+        bad.add(ImageError("4.jpg", "cut off"))
+    assert capsys.readouterr().err.splitlines() == [
+        "skipped: 4.jpg: cut off",
+        "4 images: cut off",
+        "1 images: no image, but empty",
+    ]
+    with pytest.raises(RunError, match="^5 of 40"):  # of another process, which said why
+        BadImages(40).note([f"{number}.jpg" for number in range(5)])
     BadImages(3).add(ImageError("one", "may always be bad"))

@@ -31,13 +31,16 @@ KINDS = {
     "all layers": (["--epochs", 3, "--random-erase", 0.5], [1, 4, 3]),
     "cached features": (["--epochs", 3, "--freeze-layers", "--batch-size", 8], [1, 7, 6]),
     "fc first": (["--epochs", 2, "--fc-first"], [20, 65, 3]),
+    "fc that fits": (["--epochs", 3, "--freeze-layers", "--weights", "FITS"], [1, 3, 4]),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_ends_anywhere_goes_on(flowers, tmp_path, monkeypatch, torchvision_file, kind):
+def test_a_run_that_ends_anywhere_goes_on(
+    flowers, run_dir, tmp_path, monkeypatch, torchvision_file, kind
+):
     more, moments = KINDS[kind]
-    more = [*more, "--weights", torchvision_file]
+    more = ["--weights", torchvision_file, *(run_dir if word == "FITS" else word for word in more)]
     train.main(small(flowers, tmp_path / "whole", *more))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     forward, words = torch.nn.Linear.forward, small(flowers, tmp_path / "parts", *more)
