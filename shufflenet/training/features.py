@@ -147,7 +147,22 @@ def cached_features(
     missing = [path for path in paths if np.isnan(values[features.row_of[path], 0])]
     if kept and LOCAL_RANK:  # the first process of the machine has just tried them
         bad.note(missing)
-    elif missing and _compute(features, missing, model, preprocessing, device, bad):
+        return features
+    if not missing:
+        return features
+
+    network, done, start = rewrite_for_inference(model), 0, time.perf_counter()
+    runtime = torch_runtime(network.forward_features, device, preprocessing)
+    answers = stream(missing, runtime, preprocessing, cores(), on_gpu=device.type != "cpu")
+    for path, answer in progress(answers, "computing features", len(missing)):
+        if isinstance(answer, ImageError):
+            bad.add(answer)
+        else:
+            values[features.row_of[path]] = answer
+            done += 1
+    if done:
+        rate = done / (time.perf_counter() - start)
+        notice(f"features of {done} images computed, {rate:.0f} img/s")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as opened:
@@ -155,30 +170,6 @@ def cached_features(
         except OSError as error:
             notice(f"features are not kept: {file.parent}: {error.strerror}")
     return features
-
-
-def _compute(
-    features: Features,
-    paths: list[str],
-    model: nn.Module,
-    preprocessing: dict,
-    device: torch.device,
-    bad: BadImages,
-) -> int:
-    """Fill in the rows of some images; returns how many could be read."""
-    network, done, start = rewrite_for_inference(model), 0, time.perf_counter()
-    runtime = torch_runtime(network.forward_features, device, preprocessing)
-    answers = stream(paths, runtime, preprocessing, cores(), on_gpu=device.type != "cpu")
-    for path, answer in progress(answers, "computing features", len(paths)):
-        if isinstance(answer, ImageError):
-            bad.add(answer)
-        else:
-            features.values[features.row_of[path]] = answer
-            done += 1
-    if done:
-        rate = done / (time.perf_counter() - start)
-        notice(f"features of {done} images computed, {rate:.0f} img/s")
-    return done
 
 
 def _key(model: nn.Module, paths: list[str], preprocessing: dict, device: torch.device) -> str:

@@ -159,13 +159,16 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, kind):
         assert isinstance(read(tmp_path / "a.jpg"), str), size
 
 
-@pytest.mark.parametrize("kind", FILES)
+MORE = {form: encoded(form) for form in ("AVIF", "JPEG2000", "PPM", "PCX", "SGI", "QOI", "DDS")}
+
+
+@pytest.mark.parametrize("kind", FILES | MORE)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_whatever_is_damaged_there_is_an_image_or_one_line(tmp_path, kind):
     """A few random changes or none; FUZZ=100000 tries so many."""
     draw, path, images = random.Random(0), tmp_path / "a.jpg", 0
     for _ in range(int(os.environ.get("FUZZ", "60"))):
-        data = bytearray(FILES[kind])
+        data = bytearray((FILES | MORE)[kind])
         for _ in range(draw.randint(0, 4)):
             at, count = int(draw.random() * len(data)), draw.choice((1, 2, 8, 64))
             part = draw.choice((draw.randbytes(count), b"\0" * count, b"\xff" * count, b"", data))
