@@ -147,10 +147,11 @@ def draw(
     is taken for its truth."""
     from shufflenet.inference import plots  # Matplotlib, which classifying does not need
 
-    if len(results) > PANELS:
-        notice(f"the plot shows the first {PANELS} of {len(results)} images")
+    step = -(-len(results) // PANELS)
+    if step > 1:
+        notice(f"the plot shows one of {step} images, {len(results[::step])} of {len(results)}")
     panels = []
-    for result in results[:PANELS]:
+    for result in results[::step]:
         first, *others = (
             f"{plots.short(g['class'])} {g['prob']:.3f}" for g in result["predictions"]
         )

@@ -60,10 +60,8 @@ def draw_curves(history: Sequence[dict], best: dict) -> Figure:
         if history[0]["epoch"] == 0:
             axes.plot([0], [history[0][f"val_{name}"]], "k*", label="val, at the start")
             shown.append(history[0][f"val_{name}"])
-        highest = 4 * np.median(shown)
-        if name == "loss" and max(shown) > highest:  # one epoch would flatten all others
-            axes.set_ylim(0, highest)
-            axes.annotate(f"up to {max(shown):.3g}", (0.02, 0.95), xycoords="axes fraction")
+        if name == "loss" and max(shown) > 4 * np.median(shown):  # it would flatten the others
+            axes.set_yscale("log")
         axes.axvline(best["epoch"], color="0.4", linestyle=":", label="best epoch")
         axes.set_xlabel("epoch")
         axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)

@@ -60,6 +60,8 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
     best = state["best"] or {"accuracy": 0.0, "epoch": 0}
     record = f"best accuracy {best['accuracy']:.4f} in epoch {best['epoch']}"
     notice(f"resuming {last.parent}: {done} of {options.epochs} epochs are done, {record}")
+    if done >= options.epochs:
+        notice("nothing is left to train, but for more epochs than these")
     return state, options
 
 

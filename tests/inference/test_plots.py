@@ -33,9 +33,7 @@ def test_one_outlier_does_not_flatten_the_loss():
     history = [{"epoch": epoch} | FIGURES for epoch in range(1, 9)]
     history[2]["val_loss"] = 271.3
     loss, accuracy = plots.draw_curves(history, {"epoch": 1, "accuracy": 0.5}).axes
-    assert loss.get_ylim() == (0, 4)
-    assert [text.get_text() for text in loss.texts] == ["up to 271"]
-    assert not accuracy.texts
+    assert (loss.get_yscale(), accuracy.get_yscale()) == ("log", "linear")
 
 
 @pytest.mark.parametrize("count", [2, 20, 40, 41, 500])
