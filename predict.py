@@ -12,6 +12,7 @@ the exit code is 1. From Python: `from shufflenet import Classifier`.
 """
 
 import glob
+import itertools
 import os
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ from shufflenet.common.messages import (
     say,
     say_json,
 )
-from shufflenet.reading.folders import images_below, nfc
+from shufflenet.reading.folders import images_below, is_image, nfc
 from shufflenet.reading.image import ImageError
 
 PANELS = 32  # images in a plot
@@ -108,14 +109,17 @@ def find_paths(places: list[str]) -> list[str]:
     that the shell left alone is expanded. UsageError if there is no such file, or no image."""
     paths, skipped = [], Counter()
     for place in places:
-        found = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
+        found = [place]
+        if not os.path.exists(place):  # a pattern, in a folder whose name may have brackets
+            patterns = (place, place.replace("[", "[[]"))
+            found = next(filter(None, (glob.glob(p, recursive=True) for p in patterns)), [])
+            found = [p for p in sorted(found) if os.path.isdir(p) or is_image(p, skipped)]
         if not found:
             options.require_path(place, "image")
-        for path in found:
-            below = images_below(path, skipped) if os.path.isdir(path) else [path]
-            if not below:
-                raise UsageError(f"{path}: no images in it, by their suffix")
-            paths += below
+        below = [images_below(p, skipped) if os.path.isdir(p) else [p] for p in found]
+        if not any(below):
+            raise UsageError(f"{place}: no images in it, by their suffix")
+        paths += itertools.chain(*below)
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
         notice(f"skipped: {kinds}")

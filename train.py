@@ -209,20 +209,24 @@ def main(words: options.Words = None) -> dict:
     with files.locked(folder) if first else nullcontext():
         run = RunFolder(folder, model, metadata, state, writes=first)
         notice(f"writing to {folder}, training on {device}{' in bfloat16' if compute.amp else ''}")
-        if cached:
-            run.draw_samples(evaluation_set(*data.train, preprocessing))
-            train_fc(model, data, metadata, recipe, compute, run)
-        else:
-            train_set = training_set(*data.train, args, preprocessing, small_images)
-            run.draw_samples(train_set)
-            if recipe.fc_first and not run.history:  # as epoch 0
-                begun = time.perf_counter()
-                figures, confusion = train_fc(model, data, metadata, RECIPES["fc"], compute)
-                whole = {"epoch": 0, "seconds": time.perf_counter() - begun}
-                run.record(figures | whole, confusion)
-                notice(f"fc alone reaches {figures['val_accuracy']:.4f}; now all layers")
-            train_layers(model, train_set, data, metadata, recipe, compute, run)
-        run.finish()
+        try:
+            if cached:
+                run.draw_samples(evaluation_set(*data.train, preprocessing))
+                train_fc(model, data, metadata, recipe, compute, run)
+            else:
+                train_set = training_set(*data.train, args, preprocessing, small_images)
+                run.draw_samples(train_set)
+                if recipe.fc_first and not run.history:  # as epoch 0
+                    begun = time.perf_counter()
+                    figures, confusion = train_fc(model, data, metadata, RECIPES["fc"], compute)
+                    whole = {"epoch": 0, "seconds": time.perf_counter() - begun}
+                    run.record(figures | whole, confusion)
+                    notice(f"fc alone reaches {figures['val_accuracy']:.4f}; now all layers")
+                train_layers(model, train_set, data, metadata, recipe, compute, run)
+            run.finish()
+        except KeyboardInterrupt:
+            todo = f"python train.py --resume {folder} goes on after the last whole epoch"
+            raise KeyboardInterrupt(f"interrupted: {todo}") from None
     return report(run, data, start)
 
 
@@ -550,4 +554,4 @@ def describe(args: argparse.Namespace, data: Data, state: dict | None) -> dict:
 
 
 if __name__ == "__main__":
-    options.run_script(main, "interrupted: python train.py --resume goes on after the last epoch")
+    options.run_script(main)

@@ -580,6 +580,8 @@ def test_predict_expands_what_the_shell_left_and_says_what_it_skips(flowers, run
     assert [result["path"][-6:] for result in results] == ["00.jpg", "01.jpg"]
     capsys.readouterr()
     assert len(predict.main(["roses [1]", *words])) == 8  # its name, no pattern
+    os.mkdir("roses [1]/empty")
+    assert len(predict.main(["roses [1]/*", *words])) == 8
     assert "skipped: 1 .heic\n" in capsys.readouterr().err
 
 

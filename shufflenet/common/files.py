@@ -92,8 +92,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
-    b"<!doctype html": "a web page",
-    b"<html": "a web page",
     b"<svg": "an SVG drawing",
     b"<?xml": "XML",
     b"%pdf": "a PDF document",
@@ -123,8 +121,10 @@ def kind_of(head: bytes) -> str:
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "a video"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if re.search(rb"<!doctype html|<html|<head", text):
+        return "a web page"
     for beginning, kind in _BEGINNINGS.items():
-        if text.startswith(beginning):
+        if text.startswith(beginning) or head.startswith(beginning):
             return kind
     control = sum(byte < 32 and byte not in b"\t\n\f\r" for byte in head)
     return "of an unknown kind, or damaged" if control else "text"

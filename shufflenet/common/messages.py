@@ -59,7 +59,7 @@ def json_text(value: object, encoding: str | None = "utf-8", **options) -> str:
 
 def say_json(value: object) -> None:
     """Print a result to stdout as a line of JSON."""
-    say(json_text(value, sys.stdout.encoding))
+    say(json_text(value, getattr(sys.stdout, "encoding", None)))  # None: closed
 
 
 def say(text: str) -> None:

@@ -154,7 +154,7 @@ def check_file(flag: str, path: str, suffixes: Sequence[str]) -> Path:
     return path
 
 
-def run_script(main: Callable[[], object], interrupted: str = "interrupted") -> None:
+def run_script(main: Callable[[], object]) -> None:
     """Call the `main` of a script and leave as Python does, with 0, 1, 2 or 130, or at once with
     143 where it is terminated; only a bug shows more than a line. The process may be that of a
     notebook or a profiler, and is left as it was."""
@@ -163,19 +163,19 @@ def run_script(main: Callable[[], object], interrupted: str = "interrupted") -> 
     ours = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if ours else None
     try:
-        _run(main, interrupted)
+        _run(main)
     finally:
         if ours:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: of no Python
 
 
-def _run(main: Callable[[], object], interrupted: str) -> None:
+def _run(main: Callable[[], object]) -> None:
     code = 1
     try:
         main()
         return
-    except KeyboardInterrupt:
-        code, text = 130, interrupted
+    except KeyboardInterrupt as error:
+        code, text = 130, str(error) or "interrupted"
     except UsageError as error:
         code, text = 2, str(error)
     except BrokenPipeError:  # `| head` has read enough

@@ -41,7 +41,7 @@ START = "conv1.0.weight"  # the first key of all networks of model.py
 # What a file may hold beside tensors: values, no code. torchvision's training script saves its
 # options in a Namespace, others their best accuracy as a number of NumPy.
 VALUES = [argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar]
-VALUES += [np._core.multiarray._reconstruct, *map(type, map(np.dtype, "?bBhHiIlLqQefdg"))]
+VALUES += [np._core.multiarray._reconstruct, *map(type, map(np.dtype, "?bBhHiIlLqQefdgFDUSMm"))]
 VALUES += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
 VALUES += [(np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
 CLASS_INDICES = Path(__file__).parents[2] / "class_indices.json"  # of the repository
@@ -106,8 +106,8 @@ def state_dict_of(file: dict, path: str | Path, start: str = START) -> dict[str,
     else:
         raise UsageError(f"{path}: holds no weights of a network of this repository, no {start}")
     prefix, weights = key.removesuffix(start), {}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    for name in sorted(map(str, tensors), key=lambda name: name.startswith(prefix)):
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for name in sorted(tensors, key=lambda name: name.startswith(prefix)):
         weights[name.removeprefix(prefix)] = tensors[name]  # with the prefix last: they win
     last = [name for name in weights if re.fullmatch(r"fc\.\d+\.(weight|bias)", name)]
     if len(last) == 2:  # fc is a Sequential of dropout and a layer
@@ -131,7 +131,11 @@ def load_weights(
         hint = "outputs and classes must be as many" if wrong[0] in FC else hint
         first = f"{wrong[0]}: {theirs.get(wrong[0], 'missing')} for {ours[wrong[0]]}"
         raise UsageError(f"{source}: {len(wrong)} tensors differ, for example {first}; {hint}")
-    return tuple(model.load_state_dict(weights, strict=False))
+    try:
+        return tuple(model.load_state_dict(weights, strict=False))
+    except RuntimeError:
+        kinds = "sparse, quantized or without values"
+        raise UsageError(f"{source}: its tensors cannot be copied, such as {kinds}") from None
 
 
 def load_pretrained(model: nn.Module, model_name: str, weights: str, classes: list[str]) -> bool:
@@ -188,14 +192,15 @@ def load_trained(path: str | Path) -> tuple[nn.Module, Metadata]:
     """
     path = imagenet_file() if str(path) == "imagenet" else path
     file = load(path)
-    if "model_name" in file:
+    if file.keys() >= {"model_name", "classes", "preprocessing"}:
         try:
             names = {field.name for field in fields(Metadata)} & file.keys()
             metadata = Metadata(**{name: file[name] for name in names})
+            metadata.check()
             small_images = metadata.args.get("small_images", False)
             model = build_model(metadata.model_name, len(metadata.classes), small_images)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"{path}: not a checkpoint of train.py ({error!r:.200})") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{path}: not a checkpoint of train.py ({error!s:.200})") from None
         weights = state_dict_of(file, path, next(iter(model.state_dict())))
     else:
         weights = state_dict_of(file, path)

@@ -116,7 +116,8 @@ def source_of(image: Picture) -> Source:
     """What the reading room takes, of what a caller may have in memory."""
     if isinstance(image, bytes | bytearray | memoryview):
         return io.BytesIO(image)
-    if isinstance(image, str | os.PathLike | Image.Image) or hasattr(image, "read"):
+    is_file = hasattr(image, "read") and not isinstance(image, io.TextIOBase)
+    if is_file or isinstance(image, str | os.PathLike | Image.Image):
         return image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
         return Image.fromarray(image)

@@ -1,17 +1,17 @@
 """Every drawing of the project; all but `show_images` without pyplot, so without a window."""
 
+# ruff: noqa: E402
 import math
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import matplotlib
-except ValueError:  # MPLBACKEND, inherited from a notebook, names what is not installed here
-    del os.environ["MPLBACKEND"]
-    import matplotlib
+BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's may not be installed here
+
+import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -23,6 +23,8 @@ from shufflenet.common.messages import RunError, notice, printable
 from shufflenet.inference.metrics import confusions
 from shufflenet.reading.image import load_crop
 
+if BACKEND is not None:
+    os.environ["MPLBACKEND"] = BACKEND
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind, too (Okabe and Ito)
 
 # Matplotlib's own font, then those with Chinese letters that are installed.
@@ -184,6 +186,8 @@ def show_images(panels: Sequence[Panel]) -> None:
     """`draw_images` in a window until it is closed; RunError if there is no display."""
     import matplotlib.pyplot as plt
 
+    with suppress(ValueError, ImportError):
+        plt.switch_backend(BACKEND or plt.get_backend())
     figure = plt.figure()
     if plt.get_backend().lower() == "agg":
         raise RunError("--show: use --save-plot FILE; there is no display here")

@@ -27,7 +27,8 @@ PART_NAMES = {
 }
 # What systems leave in folders: hidden files, thumbnails, recycle bins.
 SYSTEM = re.compile(
-    r"\.|@[a-z]|#recycle|#snapshot|\$recycle|__macosx$|lost\+found$|system volume information$"
+    r"\.|@_*[a-z]|#recycle|#snapshot|\$recycle|recycler$|__macosx$|__pycache__$|lost\+found$"
+    r"|found\.\d|system volume information$|network trash folder$|temporary items$"
     r"|thumbs\.db$|ehthumbs|desktop\.ini$|icon\r",
     re.IGNORECASE,
 )
@@ -78,6 +79,11 @@ def _look_deeper(root: str | Path, images: Images) -> None:
         folders = {os.path.dirname(path) for path in paths}
         places = [_posix(os.path.relpath(folder, root)) for folder in folders]
         below.append({place.partition("/")[2].partition("/")[0] for place in places})
+    for names in below:
+        parts = [name for name in sorted(names) if _part_of(name)[0]]
+        if len({_part_of(name) for name in parts}) > 1:
+            todo = "put train/ and val/ above the classes"
+            raise UsageError(f"{root}: classes hold parts, {listed(parts)}: {todo}")
     if any("" in names for names in below):
         return
     first, *others = images
@@ -113,15 +119,19 @@ def images_below(folder: str, others: Counter) -> list[str]:
                 entered.append(name)
                 seen.add(real)
         folders[:] = entered
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if SYSTEM.match(name):
-                others["of the system"] += 1
-            elif suffix in SUFFIXES:
-                found.append(os.path.join(here, name))
-            else:
-                others[suffix or "without a suffix"] += 1
+        found += [os.path.join(here, name) for name in files if is_image(name, others)]
     return sorted(found, key=_posix)
+
+
+def is_image(path: str, others: Counter) -> bool:
+    """Whether a file is an image by its suffix; else it is counted among the `others`."""
+    name = os.path.basename(path)
+    suffix = os.path.splitext(name)[1].lower()
+    if SYSTEM.match(name):
+        others["of the system"] += 1
+    elif suffix not in SUFFIXES:
+        others[suffix or "without a suffix"] += 1
+    return suffix in SUFFIXES and not SYSTEM.match(name)
 
 
 def _posix(path: str) -> str:
@@ -138,28 +148,42 @@ def find_parts(root: str | Path) -> Parts:
     else those of its class folders, as one part called "all".
 
     Parts are the only folders of the root, or training and one more; else they are classes of such
-    a name. UsageError if there are two of a kind, or images in them that no class folder holds.
+    a name. What lies beside parts is named. UsageError if there are two of a kind, or images in
+    them that no class folder holds.
     """
-    named, others = {}, 0
+    groups, others = {}, []  # by the words beside that of the part: "seg_train", "seg_test"
     for folder in _folders_in(Path(root)):
-        part = _part_of(folder)
+        part, *beside = _part_of(folder.name)
         if part:
-            named.setdefault(part, []).append(folder)
-        others += not part
-    if not named or (others and not (len(named) > 1 and "train" in named)):
+            groups.setdefault(tuple(beside), {}).setdefault(part, []).append(folder)
+        else:
+            others.append(folder.name)
+    whole = [group for group in groups.values() if "train" in group and len(group) > 1]
+    if not others and not whole and len(groups) == 1:
+        whole = [*groups.values()]
+    if not whole:
         return {"all": find_images(root)}
+    named = whole[0]
+    if others:
+        notice(f"skipped beside the parts of {root}: {listed(others)}")
     parts = {}
     for part in sorted(named, key=[*PART_NAMES].index):
         folder, *more = named[part]
         if more:
             raise UsageError(f"{folder} and {more[0]} are both named as {part}: rename or move one")
-        while [inner.name for inner in _folders_in(folder)] == [folder.name]:  # as unpacked
-            folder /= folder.name
+        while len(inner := _folders_in(folder)) == 1 and _part_of(inner[0].name)[0] == part:
+            (folder,) = inner  # as archives are unpacked
+        spare = part == "test" and parts.keys() == {"train", "val"}
         if _folders_in(folder):
-            parts[part] = find_images(folder)
+            try:
+                parts[part] = find_images(folder)
+            except UsageError as error:
+                if not spare:
+                    raise
+                notice(f"skipped: {error}")
             continue
         flat = f"{folder} holds {len(images_below(folder, Counter()))} images in no class folder"
-        if part != "test" or parts.keys() != {"train", "val"}:
+        if not spare:
             todo = f"sort them as {folder}/CLASS/IMAGE"
             todo += f", or name {named['train'][0]} to draw validation from it" * ("train" in parts)
             raise UsageError(f"{flat}: {todo}")
@@ -174,18 +198,16 @@ def _folders_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir() and not SYSTEM.match(p.name))
 
 
-def _part_of(folder: Path) -> str | None:
-    """What part of a data set a folder is by its name: "Train", "val2017", "Testing Set". Among
-    other words, as in "seg_train", only where folders lie in it: "bullet train" is a class."""
+def _part_of(name: str) -> tuple[str | None, ...]:
+    """What part of a data set a folder is by its name, such as "Train", "val2017", "Testing Set",
+    and the words beside that; (None,) if it is none."""
     words = [
-        re.sub("(set|data|images|集)$", "", word)
-        for word in re.split(r"[\W\d_]+", folder.name.lower())
+        re.sub("(set|data|images|集)$", "", word) for word in re.split(r"[\W\d_]+", name.lower())
     ]
-    words = [word for word in words if word]
     for part, names in PART_NAMES.items():
-        if any(word in names for word in words) and (len(words) == 1 or _folders_in(folder)):
-            return part
-    return None
+        if any(word in names for word in words):
+            return part, *(word for word in words if word and word not in names)
+    return (None,)
 
 
 def all_images(parts: Parts) -> Images:
@@ -251,9 +273,16 @@ def require_classes(parts: Parts, root: str | Path) -> tuple[Images, Images]:
         raise UsageError(f"{root} holds {found} alone: {todo}")
     train, val = parts["train"], parts["val"]
     if len(train) < 2:
-        (name,) = train
+        ((name, paths),) = train.items()
+        deeper = os.path.dirname(os.path.dirname(paths[0]))
+        if _part_of(os.path.basename(deeper))[0]:
+            deeper = os.path.dirname(deeper)
         todo = "--data-path names the folder above the class folders"
+        if os.path.basename(deeper) and not os.path.samefile(deeper, root):
+            todo += f", perhaps {deeper}"
         raise UsageError(f"{root} has only one class, {name}; {todo}")
+    if not val:
+        raise UsageError(f"{root}: no class has two images, so none is left to validate; add some")
     refuse_unknown(val, list(train), f"{root}, validation")
     if missing := train.keys() - val.keys():
         notice(f"no image to validate: {listed(sorted(missing))}")
@@ -285,7 +314,7 @@ def refuse_unknown(images: Images, classes: list[str], where: str) -> None:
         looks = f"; it looks like {letters[alike[0]]}" if alike else ""
         notice(f"unknown class {name}, {len(images[name])} images{looks}")
     cause = "rename or remove these folders"
-    if len(images) == 1 and len(classes) > 2 and not alike:
+    if len(images) == 1 and len(classes) > 1 and not alike:
         cause = "its images are not sorted into a folder per class"
     counts = f"{len(unknown)} of {len(images)} classes are unknown, {listed(unknown)}"
     raise UsageError(f"{where}: {counts}: {cause}")

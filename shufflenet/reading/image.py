@@ -26,6 +26,7 @@ SUFFIXES = frozenset({
 })  # fmt: skip
 PIXELS = 89_478_485  # at most, when decoded: a quarter of a GiB as RGB
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
+TRANSPARENT = {0: 2, 2: 6}  # bytes of tRNS, by the kind of colours of a PNG
 PNG = b"\x89PNG\r\n\x1a\n"
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error below
@@ -98,7 +99,7 @@ def _needed_chunks(source: Source) -> IO[bytes]:
         end = place + 8 + length
         if kind[:1].isupper():  # it is needed
             kept.append(data[place : end + 4])
-        elif kind in (b"tRNS", b"eXIf"):
+        elif kind == b"eXIf" or (kind == b"tRNS" and length == TRANSPARENT.get(data[25], length)):
             chunk = data[place:end]
             kept.append(chunk + struct.pack(">I", zlib.crc32(chunk[4:])))
         place = end + 4
@@ -142,6 +143,8 @@ def load_crop(source: Source, crop: Callable, side: int, spare: float) -> np.nda
 
     def part(image: Image.Image) -> np.ndarray:
         width, height = image.size
+        if not width * height:
+            raise ValueError("it has no pixels")
         if image.info.get("progressive") and width * height > PIXELS:
             raise ValueError(f"{width}x{height} pixels are too many for a progressive JPEG")
         with suppress(Exception):  # damaged EXIF

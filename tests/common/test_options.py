@@ -140,6 +140,13 @@ def test_with_stderr_closed_only_results_are_on_stdout():
     assert process.returncode == 0
 
 
+def test_with_stdout_closed_the_work_is_done_all_the_same():
+    code = "from shufflenet.common.messages import say_json\nmain = lambda: say_json({'a': 1})"
+    with run(code, preexec_fn=lambda: os.close(1)) as process:
+        assert process.communicate(timeout=30)[1] == b""
+    assert process.returncode == 0
+
+
 def test_letters_that_a_pipe_lacks_are_escaped():
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     with run("main = lambda: (say('ä 郁'), notice('ä 郁'))", env=environment) as process:

@@ -145,6 +145,9 @@ def renamed(prefix, **more):
 AROUND = {
     "a prefix": renamed("student.net.0."),
     "of another network": renamed("model.", **{"criterion.weight": torch.ones(3)}),
+    "keys that are no text": lambda state: state | {("a", 1): torch.ones(1), 3: 4},
+    "a name of somebody else": lambda state: {"model_name": "mine", "state_dict": state},
+    "text of NumPy": lambda state: {"net": state, "names": np.array(["a", "bb"])},
     "counters": renamed("", **{"total_ops": torch.ones(1), "conv1.0.total_ops": torch.ones(1)}),
     "deep inside": lambda state: {
         "epoch": 3,
@@ -243,6 +246,11 @@ WRONG = [
         ours(SMALL, TINY, classes=["a", "b"]),
         r"weight: \(3, 240\) for \(2, 240\); outputs and",
     ),
+    (ours(SMALL, TINY, preprocessing={}), "not a checkpoint of train.py"),
+    (ours(SMALL, TINY, preprocessing=default_preprocessing(TINY) | {"crop": 0}), "not a checkp"),
+    (ours(SMALL, TINY, classes=[0, 1, 2]), "classes, preprocessing or others are not what they"),
+    (ours(SMALL, TINY, trained_on=5), "not a checkpoint of train.py"),
+    (SMALL.state_dict() | {"fc.bias": torch.zeros(3).to_sparse()}, "tensors cannot be copied, su"),
     (ours(SMALL, "resnet18"), "not a checkpoint .*no model is called 'resnet18'"),
     (ours(SMALL, X0_5), f"; use --model {TINY}$"),
 ]

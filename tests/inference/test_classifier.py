@@ -1,5 +1,6 @@
 """The same network by PyTorch, ONNX Runtime and OpenVINO, and images streamed through it."""
 
+import io
 import sys
 import threading
 import time
@@ -115,7 +116,14 @@ def test_an_image_may_be_in_memory(run_dir, flowers, tmp_path):
     assert pixels.shape == (224, 224, 3)
 
 
-ODD = [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((8, 8, 4), np.uint8), None, 3]
+ODD = [
+    io.StringIO("a"),
+    np.zeros((8, 8), np.uint8),
+    np.zeros((8, 8, 3)),
+    np.zeros((8, 8, 4), np.uint8),
+    None,
+    3,
+]
 
 
 @pytest.mark.parametrize("image", [*ODD, torch.zeros(3, 300, 300), ["a.jpg"] * 99])

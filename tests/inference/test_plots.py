@@ -102,9 +102,9 @@ def test_drawing_changes_nothing_of_the_process(tmp_path):
     """Neither its fonts, nor does a backend that a notebook has and this environment has not."""
     code = "from shufflenet.inference import plots; import matplotlib; "
     code += "print(matplotlib.rcParams['font.family'], plots.FAMILIES[0])"
-    environment = os.environ | {"MPLBACKEND": "module://of_a_notebook.backend_inline"}
-    for backend in ({}, environment):
+    for backend in ("", "nonsense", "module://matplotlib_inline.backend_inline"):
+        environment = os.environ | {"MPLBACKEND": backend}
         run = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | backend, capture_output=True
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True
         )
         assert run.stdout == b"['sans-serif'] DejaVu Sans\n", run.stderr

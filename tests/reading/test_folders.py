@@ -216,6 +216,26 @@ def test_parts_are_recognised_as_they_are_unpacked(tmp_path):
     assert list(find_parts(tmp_path / "things")) == ["all"]
 
 
+def test_what_lies_beside_parts_is_named_and_parts_below_classes_are_refused(tmp_path, capsys):
+    for part in ("train", "val", "extra"):
+        fill(tmp_path / part, rose=2, daisy=2)
+    assert list(find_parts(tmp_path)) == ["train", "val"]
+    assert f"skipped beside the parts of {tmp_path}: extra\n" in capsys.readouterr().err
+    fill(tmp_path / "inside" / "rose", Train=2, Test=2)
+    fill(tmp_path / "inside" / "daisy", train=2, test=2, more=1)
+    with pytest.raises(UsageError, match="inside: classes hold parts, test, train: put train/ and"):
+        find_parts(tmp_path / "inside")
+
+
+def test_of_one_class_the_folder_that_is_meant_is_named_and_one_image_each_is_an_error(tmp_path):
+    fill(tmp_path / "up/Data/train", rose=2, daisy=2)
+    with pytest.raises(UsageError, match=f"only one class, Data; .* perhaps {tmp_path}/up/Data$"):
+        split(tmp_path / "up", 0.2, 0)
+    fill(tmp_path / "single", rose=1, daisy=1)
+    with pytest.raises(UsageError, match="no class has two images, so none is left to validate"):
+        split(tmp_path / "single", 0.2, 0)
+
+
 def test_neither_the_order_of_a_folder_nor_a_link_to_itself_matters(tmp_path):
     rose = fill(tmp_path / "flowers", rose=1, daisy=1) / "rose"
     put(rose / "b/1.jpg")

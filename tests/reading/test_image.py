@@ -223,6 +223,8 @@ OTHERS = {
     b"\0\0\0\x20ftypisom\0\0\2\0isomiso2": "a video",
     b"\xef\xbb\xbf\n <!DOCTYPE HTML><title>404": "a web page",
     b"version https://git-lfs.github.com/spec/v1\n": "a Git LFS pointer; run `git lfs pull`",
+    b"<!-- moved --><html>": "a web page",
+    b"\x1a\x45\xdf\xa3\x01": "a video",
     b"<svg xmlns=": "an SVG drawing",
     b"%PDF-1.7": "a PDF document",
     b"not found\n": "text",
@@ -262,6 +264,14 @@ def test_good_pixels_are_read_whatever_lies_beside_them(tmp_path, what, place):
     (tmp_path / "a.png").write_bytes(data[:cut] + BESIDE[what] + data[cut:])
     assert read_row(tmp_path / "a.png") == [BLUE, RED, 255]
     assert load_centre(tmp_path / "a.png", {"resize": 8, "crop": 8}).shape == (8, 8, 3)
+
+
+def test_a_damaged_transparency_leaves_the_colours(tmp_path):
+    row(RED, BLUE).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    cut = data.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:cut] + chunk(b"tRNS", b"1") + data[cut:])
+    assert read_row(tmp_path / "a.png") == [RED, BLUE]
 
 
 def test_twelve_bits_are_noticed_once_unless_the_file_says_so(tmp_path, capsys):

@@ -107,6 +107,24 @@ def test_a_process_that_is_killed_is_resumed_to_the_same_end(flowers, tmp_path):
     soak.compare(tmp_path / "whole", out)
 
 
+def test_ctrl_c_says_in_one_line_how_the_run_goes_on(flowers, tmp_path):
+    out = tmp_path / "out"
+    script = "import signal; signal.signal(2, signal.default_int_handler); import runpy, sys; "
+    script += f"sys.path.insert(0, {str(ROOT)!r}); "
+    script += f"sys.argv = {list(map(str, ['train.py', *small(flowers, out, '--epochs', 50)]))}; "
+    script += f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+        while not (out / "best.pth").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 130
+    todo = f"python train.py --resume {out} goes on after the last whole epoch"
+    assert last == f"error: interrupted: {todo}"
+
+
 def test_a_full_disk_ends_with_a_clear_line_and_the_last_good_checkpoint(run_dir, tmp_path):
     """The limit on the size of files stands for the disk: checkpoints no longer fit."""
     out = shutil.copytree(run_dir, tmp_path / "out")
