@@ -186,8 +186,9 @@ def show_images(panels: Sequence[Panel]) -> None:
     """`draw_images` in a window until it is closed; RunError if there is no display."""
     import matplotlib.pyplot as plt
 
-    with suppress(ValueError, ImportError):
-        plt.switch_backend(BACKEND or plt.get_backend())
+    if BACKEND:
+        with suppress(ValueError, ImportError):
+            plt.switch_backend(BACKEND)
     figure = plt.figure()
     if plt.get_backend().lower() == "agg":
         raise RunError("--show: use --save-plot FILE; there is no display here")
