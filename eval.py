@@ -134,10 +134,11 @@ def print_table(report: list[dict], figures: dict) -> None:
         name = printable(row["class"])
         say(f"{name:{width}}  {row['images']:6}  {precision:>9}  {recall:>6}  {f1:>6}")
     words = [f"* Acc@1 {100 * figures['accuracy']:.3f}"]
+    words.append(f"balanced {100 * figures['balanced_accuracy']:.3f}")
     if "top5" in figures:
         words.append(f"Acc@5 {100 * figures['top5']:.3f}")
     for name, value in figures.items():
-        if name not in ("accuracy", "top5"):
+        if name not in ("accuracy", "balanced_accuracy", "top5"):
             words.append(f"{name} {value:.4f}")
     say("  ".join(words))
 

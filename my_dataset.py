@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,6 +19,8 @@ from shufflenet.inference.pytorch import Normalize, move
 from shufflenet.reading.ahead import ahead, batches
 from shufflenet.reading.folders import BadImages
 from shufflenet.reading.image import ImageError, load_centre, load_crop, load_rgb
+
+MEAN_COLOUR = tuple(round(255 * value) for value in IMAGENET_MEAN)
 
 
 class MyDataSet(Dataset):
@@ -94,6 +97,7 @@ def training_set(
     read = RandomShift(preprocessing) if small_images else partial(random_crop, side=side)
     augmentations = [
         mirror,
+        AUGMENTS[options.augment],
         partial(erase, share=options.random_erase),
     ]
     return AugmentedDataSet(paths, labels, read, augmentations, options.seed)
@@ -138,6 +142,55 @@ def mirror(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
+def keep(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Changes nothing."""
+    return pixels
+
+
+def jitter(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Brightness, contrast and saturation times 0.6 to 1.4, one after another in a drawn order;
+    uint8 (H, W, 3)."""
+    image = Image.fromarray(pixels)
+    for kind in rng.sample((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), 3):
+        image = kind(image).enhance(rng.uniform(0.6, 1.4))
+    return np.asarray(image)
+
+
+def trivial_augment(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """One change of `TRIVIAL`, of a drawn strength (Müller and Hutter, "TrivialAugment", ICCV 2021,
+    arXiv 2103.10158, the wide ranges of table 5); uint8 (H, W, 3)."""
+    change, least, most = rng.choice(TRIVIAL)
+    return np.asarray(change(Image.fromarray(pixels), rng.uniform(least, most)))
+
+
+def _affine(image: Image.Image, b: float = 0, c: float = 0, move: tuple = (0, 0)) -> Image.Image:
+    """A pixel x, y from the centre comes from x + b y, c x + y, moved by shares of the side."""
+    x, y = image.width / 2, image.height / 2
+    right, down = move[0] * image.width, move[1] * image.height
+    places = (1, b, right - b * y, c, 1, down - c * x)
+    return image.transform(image.size, Image.Transform.AFFINE, places, fillcolor=MEAN_COLOUR)
+
+
+TRIVIAL = [  # (change, its least strength, its greatest)
+    (lambda image, _: image, 0, 0),
+    (lambda image, shear: _affine(image, b=shear), -0.99, 0.99),
+    (lambda image, shear: _affine(image, c=shear), -0.99, 0.99),
+    (lambda image, share: _affine(image, move=(share, 0)), -1 / 7, 1 / 7),  # 32 pixels of 224
+    (lambda image, share: _affine(image, move=(0, share)), -1 / 7, 1 / 7),
+    (lambda image, degrees: image.rotate(degrees, fillcolor=MEAN_COLOUR), -135, 135),
+    (lambda image, factor: ImageEnhance.Brightness(image).enhance(factor), 0.01, 1.99),
+    (lambda image, factor: ImageEnhance.Color(image).enhance(factor), 0.01, 1.99),
+    (lambda image, factor: ImageEnhance.Contrast(image).enhance(factor), 0.01, 1.99),
+    (lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor), 0.01, 1.99),
+    (lambda image, bits: ImageOps.posterize(image, round(bits)), 2, 8),
+    (lambda image, threshold: ImageOps.solarize(image, threshold), 0, 255),
+    (lambda image, _: ImageOps.autocontrast(image), 0, 0),
+    (lambda image, _: ImageOps.equalize(image), 0, 0),
+]
+# Values of --augment.
+AUGMENTS = {None: keep, "jitter": jitter, "trivial": trivial_augment}
+
+
 def erase(pixels: np.ndarray, rng: random.Random, share: float) -> np.ndarray:
     """Gives a rectangle of 2 to 33 % of the area the mean colour, in a share of the images (Zhong
     et al., "Random Erasing Data Augmentation", AAAI 2020); uint8 (side, side, 3)."""
@@ -145,7 +198,7 @@ def erase(pixels: np.ndarray, rng: random.Random, share: float) -> np.ndarray:
         side = len(pixels)
         left, top, right, bottom = random_box(side, side, (0.02, 0.33), 10 / 3, rng)
         pixels = pixels.copy()
-        pixels[top:bottom, left:right] = [round(255 * value) for value in IMAGENET_MEAN]
+        pixels[top:bottom, left:right] = MEAN_COLOUR
     return pixels
 
 

@@ -18,19 +18,21 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import VARIANTS, build_model, default_preprocessing, takes_small_images
-from my_dataset import DeviceLoader, MyDataSet, evaluation_set, training_set
+from my_dataset import AUGMENTS, DeviceLoader, MyDataSet, evaluation_set, training_set
 from shufflenet.common import files, options
 from shufflenet.common.messages import RunError, UsageError, notice, say, say_json
 from shufflenet.inference import checkpoint, pytorch, rewrite
 from shufflenet.inference.metadata import Metadata
-from shufflenet.inference.parallel import InParts
+from shufflenet.inference.parallel import GHOST, InParts
 from shufflenet.reading import download, folders, image
 from shufflenet.training import distributed, features
 from shufflenet.training.run_folder import RunFolder, load_run
@@ -44,6 +46,8 @@ from utils import (
     validate,
 )
 
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -54,12 +58,16 @@ class Recipe:
     lr: float  # falls as a half cosine towards lr * lrf
     lrf: float
     weight_decay: float
+    rise: float = 0.0  # share of the epochs in which the rate first rises to lr
+    opt: str = "sgd"
+    label_smoothing: float = 0.0
+    ema: float | None = None  # decay, per step, of the weights' moving average
     clip: float | None = None  # largest norm of the gradients of a step
     fc_first: bool = False  # train fc alone before all layers, as epoch 0
     freeze_bn: bool = False
 
     def __str__(self) -> str:
-        values = {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        values = {name: value for name, value in asdict(self).items() if value}
         return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
@@ -76,6 +84,12 @@ RECIPES = {
     # Images of some 32 pixels; docs/training.md has the measurements.
     "small": Recipe(epochs=30, batch_size=128, lr=0.1, lrf=0.01, weight_decay=5e-4),
 }  # fmt: skip
+ADAMW = {  # what --opt adamw puts in their place
+    "scratch": {"lr": 0.002, "weight_decay": 0.05},
+    "finetune": {"lr": 0.0005, "weight_decay": 0.05},
+    "fc": {"lr": 0.01, "weight_decay": 0.1},
+    "small": {"lr": 0.003, "weight_decay": 0.05},
+}
 
 
 def build_parser() -> options.Parser:
@@ -123,7 +137,19 @@ def build_parser() -> options.Parser:
     add("--lrf", type=share, metavar="SHARE",
         help="the rate falls towards lr * lrf")
     add("--wd", "--weight-decay", dest="weight_decay", type=options.number(float, 0),
-        metavar="DECAY", help="weight decay of SGD")
+        metavar="DECAY", help="weight decay")
+    add("--opt", choices=OPTIMIZERS,
+        help="optimizer; adamw takes rate and decay of its own where they are omitted")
+    add("--label-smoothing", type=options.number(float, 0, 0.99), metavar="SHARE",
+        help="share of the target that is spread over all classes")
+    add("--class-weights", action="store_true",
+        help="every class weighs alike, however few its images; balanced accuracy then chooses "
+        "the best epoch")
+    add("--ema", type=options.number(float, 0, 1), metavar="DECAY",
+        help="validate and save a moving average of the weights, which keeps DECAY of itself in "
+        "every step; not of fc on cached features")
+    add("--augment", choices=[name for name in AUGMENTS if name],
+        help="also change colours (jitter), or one of fourteen things (trivial: TrivialAugment)")
     add("--train-size", type=options.number(int, 64, 1024), metavar="PIXELS",
         help="side of the crops to train on; smaller is faster (if omitted: 224)")
     add("--random-erase", type=share, default=0.0, metavar="SHARE",
@@ -185,6 +211,8 @@ def main(words: options.Words = None) -> dict:
     model, fc_is_new = build_network(args, data.classes, small_images, state)
     model.to(device, memory_format=pytorch.memory_format(device))
     recipe = choose_recipe(args, fc_is_new, small_images)
+    weights = balanced_weights(data) if args.class_weights else None
+    criterion = nn.CrossEntropyLoss(weights, label_smoothing=recipe.label_smoothing).to(device)
     if args.freeze_layers:
         freeze_layers(model)
     if recipe.freeze_bn:
@@ -212,17 +240,19 @@ def main(words: options.Words = None) -> dict:
         try:
             if cached:
                 run.draw_samples(evaluation_set(*data.train, preprocessing))
-                train_fc(model, data, metadata, recipe, compute, run)
+                train_fc(model, data, metadata, recipe, criterion, compute, run)
             else:
                 train_set = training_set(*data.train, args, preprocessing, small_images)
                 run.draw_samples(train_set)
                 if recipe.fc_first and not run.history:  # as epoch 0
                     begun = time.perf_counter()
-                    figures, confusion = train_fc(model, data, metadata, RECIPES["fc"], compute)
+                    figures, confusion = train_fc(
+                        model, data, metadata, RECIPES["fc"], criterion, compute
+                    )
                     whole = {"epoch": 0, "seconds": time.perf_counter() - begun}
                     run.record(figures | whole, confusion)
                     notice(f"fc alone reaches {figures['val_accuracy']:.4f}; now all layers")
-                train_layers(model, train_set, data, metadata, recipe, compute, run)
+                train_layers(model, train_set, data, metadata, recipe, criterion, compute, run)
             run.finish()
         except KeyboardInterrupt:
             todo = f"python train.py --resume {folder} goes on after the last whole epoch"
@@ -235,12 +265,14 @@ def say_what_waits(recipe: Recipe, compute: pytorch.Compute) -> None:
     threads, size = compute.threads, recipe.batch_size
     if compute.device.type != "cpu" or threads == 1:
         return
-    if recipe.freeze_bn and size // 2 < threads:
+    parts = max(1, size // (2 if recipe.freeze_bn else GHOST))
+    in_parts = recipe.freeze_bn or parts > 1
+    if in_parts and parts < threads:
         todo = "a larger --batch-size is faster (multiply --lr alike)"
-        notice(f"a batch of {size} keeps {max(1, size // 2)} of {threads} cores busy: {todo}")
+        notice(f"a batch of {size} makes {parts} parts for {threads} cores: {todo}")
     # The load is that of all cores, of which a container may have only some.
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    waiting = not recipe.freeze_bn and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE"
+    waiting = not in_parts and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE"
     if waiting and load > 0.5 and load + threads > (os.cpu_count() or 1):
         todo = "set OMP_WAIT_POLICY=PASSIVE in the environment"
         notice(f"the machine was busy (load {load:.1f}); other work slows torch's threads: {todo}")
@@ -251,6 +283,7 @@ def train_fc(
     data: Data,
     metadata: Metadata,
     recipe: Recipe,
+    criterion: nn.Module,
     compute: pytorch.Compute,
     run: RunFolder | None = None,
 ) -> tuple[dict, np.ndarray]:
@@ -264,7 +297,7 @@ def train_fc(
         model.fc, cached, data.train, data.own_val(), recipe.batch_size, metadata.args["seed"]
     )
     with pytorch.torch_threads(1):  # a head is too small to be shared: threads would wait
-        return fit(model, head, train_loader, val_loader, recipe, compute, run)
+        return fit(model, head, train_loader, val_loader, recipe, criterion, compute, run)
 
 
 def train_layers(
@@ -273,13 +306,12 @@ def train_layers(
     data: Data,
     metadata: Metadata,
     recipe: Recipe,
+    criterion: nn.Module,
     compute: pytorch.Compute,
     run: RunFolder,
 ) -> None:
     """Train what is not frozen of a network, on images."""
-    learner = model
-    if recipe.freeze_bn:
-        learner = rewrite.rewrite_for_training(model, compute.threads)
+    learner = rewrite.rewrite_for_training(model, compute.threads, recipe.batch_size)
     threads = 1 if isinstance(learner, InParts) else compute.threads  # of torch
     learner = distributed.wrap(learner, compute.device)
     seed, workers = metadata.args["seed"], metadata.args["workers"]
@@ -287,7 +319,7 @@ def train_layers(
     train_loader = DeviceLoader(train_set, *reading, seed, (distributed.RANK, distributed.WORLD))
     val_loader = DeviceLoader(evaluation_set(*data.own_val(), metadata.preprocessing), *reading)
     with pytorch.torch_threads(threads):
-        fit(model, learner, train_loader, val_loader, recipe, compute, run)
+        fit(model, learner, train_loader, val_loader, recipe, criterion, compute, run)
 
 
 def fit(
@@ -296,62 +328,70 @@ def fit(
     train_loader: Iterable,
     val_loader: Iterable,
     recipe: Recipe,
+    criterion: nn.Module,
     compute: pytorch.Compute,
     run: RunFolder | None = None,
 ) -> tuple[dict, np.ndarray | None]:
     """Train and validate, epoch after epoch; returns figures and confusion matrix of the last.
 
     `model` is the network that is saved; `learner` is what computes in its place while it learns:
-    itself, its rewrite, or a head on cached features. A `run` keeps every epoch, and goes on where
-    it ended; weights whose `fc` fits are its epoch 0. RunError if the loss is not finite.
+    itself, its rewrite, or a head on cached features. With `recipe.ema` an average of the network
+    is validated and saved in its place. A `run` keeps every epoch, and goes on where it ended;
+    weights whose `fc` fits are its epoch 0. RunError if the loss is not finite.
     """
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
-    )
-    criterion = nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[recipe.opt](parameters, recipe.lr, weight_decay=recipe.weight_decay)
+    average, network = None, model
+    if recipe.ema:
+        average = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
+        )
+        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+        network = average.module
     figures, confusion = {}, None
     if run:
-        run.restore(learner, optimizer)
+        run.restore(learner, optimizer, average)
         if not run.history and not run.metadata.args["fc_is_new"]:
             start = time.perf_counter()
-            figures, confusion = validated(model, learner, val_loader, compute)
+            figures, confusion = validated(network, learner, val_loader, compute)
             row = {"epoch": 0, "lr": 0.0} | figures | {"seconds": time.perf_counter() - start}
-            run.record(row, confusion, learner, optimizer)
+            run.record(row, confusion, learner, optimizer, average)
             notice(f"the loaded weights reach {figures['val_accuracy']:.4f}")
     for epoch in range(run.epoch if run else 0, recipe.epochs):
         if run and run.stalled:
             notice("stopped: --patience epochs have brought nothing better")
             break
         start = time.perf_counter()
-        lr = cosine_lr(recipe.lr, recipe.lrf, epoch, recipe.epochs)
+        lr = cosine_lr(recipe.lr, recipe.lrf, epoch, recipe.epochs, recipe.rise)
         for group in optimizer.param_groups:
             group["lr"] = lr
         trained = train_epoch(
             learner, optimizer, train_loader, compute.device, epoch,
             criterion=criterion, amp=compute.amp, clip=recipe.clip,
         )  # fmt: skip
-        distributed.share_statistics(learner)
+        for each in (learner, average):
+            distributed.share_statistics(each)
         if isinstance(learner, features.Head):
             learner.fold_into(model.fc)
-        figures, confusion = validated(model, learner, val_loader, compute)
+        figures, confusion = validated(network, learner, val_loader, compute)
         figures = {"epoch": epoch + 1, "lr": lr} | distributed.mean(trained) | figures
         figures["seconds"] = time.perf_counter() - start
         if run:
-            better = run.record(figures, confusion, learner, optimizer)
+            better = run.record(figures, confusion, learner, optimizer, average)
             if better or epoch + 1 == recipe.epochs or not isinstance(learner, features.Head):
                 say_epoch(figures, recipe.epochs, better)
     return figures, confusion
 
 
 def validated(
-    model: nn.Module, learner: nn.Module, val_loader: Iterable, compute: pytorch.Compute
+    network: nn.Module, learner: nn.Module, val_loader: Iterable, compute: pytorch.Compute
 ) -> tuple[dict[str, float], np.ndarray]:
     """Validate a head, or the network that is saved of another learner; figures and confusion
     matrix of all processes. RunError if the loss is not finite."""
-    network = learner
-    if not isinstance(learner, features.Head):
-        network = rewrite.rewrite_for_inference(model, compute.threads)
+    if isinstance(learner, features.Head):
+        network = learner
+    else:
+        network = rewrite.rewrite_for_inference(network, compute.threads)
     tally = distributed.total(validate(network, val_loader, compute.device))
     figures = {f"val_{name}": value for name, value in tally.figures().items()}
     if not math.isfinite(figures["val_loss"]):
@@ -368,7 +408,7 @@ def say_epoch(figures: dict, epochs: int, better: bool) -> None:
         for name, value in figures.items():
             if name.startswith(f"{side}_"):
                 name = name.removeprefix(f"{side}_")
-                shown.append(f"{'acc' if name == 'accuracy' else name} {value:.4f}")
+                shown.append(f"{name.replace('accuracy', 'acc')} {value:.4f}")
         words.append(" ".join(shown))
     if figures["seconds"] > 0.1:  # else `fc` alone, on cached features
         words += [f"{figures['seconds']:.1f} s", f"{figures['images_per_second']:.0f} img/s"]
@@ -395,6 +435,13 @@ def report(run: RunFolder, data: Data, start: float) -> dict:
     }
     say_json(summary)
     return summary
+
+
+def balanced_weights(data: Data) -> torch.Tensor:
+    """A weight for each class, (classes,): with them every class weighs alike, and the mean image
+    weighs 1."""
+    counts = torch.bincount(torch.tensor(data.train[1]), minlength=len(data.classes))
+    return counts.sum() / (len(counts) * counts)
 
 
 # -- what the options mean ----------------------------------------------------------------------
@@ -443,11 +490,10 @@ def check(args: argparse.Namespace, typed: argparse.Namespace, state: dict | Non
         todo = "add --resume, or name another --output-dir"
         raise UsageError(f"{args.output_dir} holds a run: {todo}")
     cached = args.freeze_layers and args.cache_features
-    if cached and (args.train_size or args.random_erase):
+    if cached and (args.train_size or args.random_erase or args.augment or args.ema):
+        what = "cached features are of whole images, and fc on them needs no average"
         todo = "omit them, or add --no-cache-features"
-        raise UsageError(
-            f"--train-size, --random-erase: cached features are of whole images; {todo}"
-        )
+        raise UsageError(f"--train-size, --random-erase, --augment, --ema: {what}; {todo}")
     if args.fc_first and (args.freeze_layers or not args.cache_features):
         todo = "omit --freeze-layers and --no-cache-features"
         raise UsageError(f"--fc-first trains all layers after fc on cached features: {todo}")
@@ -537,7 +583,8 @@ def choose_recipe(args: argparse.Namespace, fc_is_new: bool, small_images: bool)
         kind = "scratch"
     typed = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     typed = {name: value for name, value in typed.items() if value is not None}
-    recipe = replace(RECIPES[kind], **typed | {"fc_first": fc_first})
+    adamw = ADAMW[kind] if args.opt == "adamw" else {}
+    recipe = replace(RECIPES[kind], **adamw | typed | {"fc_first": fc_first})
     notice(f"recipe {kind}: {recipe}")
     return recipe
 

@@ -36,6 +36,10 @@ KINDS = {
     "two threads": [*SMALL, "--workers", 2],
     "amp": [*SMALL, "--amp"],
     "more options": [*SMALL, *WEIGHTS, "--freeze-bn", "--random-erase", 0.5, "--patience", 4],
+    "average": [
+        *SMALL,
+        *["--ema", "0.9", "--opt", "adamw", "--augment", "trivial", "--class-weights"],
+    ],
     "cached features": [*WEIGHTS, "--freeze-layers", "--batch-size", 8],
     "fc first": [*SMALL, *WEIGHTS, "--fc-first", "--freeze-bn"],
     "small images": ["--small-images", "--batch-size", 8, "--workers", 2],

@@ -1,5 +1,6 @@
 """Data set, transforms and loader, against the pipeline of torchvision and the tutorial."""
 
+import math
 import pickle
 import random
 from argparse import Namespace
@@ -12,18 +13,23 @@ import torch
 from conftest import noise
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import functional as F
 
 from model import IMAGENET_MEAN, IMAGENET_STD, default_preprocessing
 from my_dataset import (
+    MEAN_COLOUR,
+    TRIVIAL,
     AugmentedDataSet,
     DeviceLoader,
     MyDataSet,
     erase,
     evaluation_set,
+    jitter,
     mirror,
     random_box,
     random_crop,
     training_set,
+    trivial_augment,
 )
 from shufflenet.common.messages import RunError
 from shufflenet.inference.pytorch import Normalize
@@ -51,7 +57,7 @@ def loader_of(paths, *, seed=0, threads=0, bad=None):
 
 
 def data_set(paths, side, erased=0.0, seed=0):
-    options = Namespace(train_size=side, random_erase=erased, seed=seed)
+    options = Namespace(train_size=side, random_erase=erased, augment=None, seed=seed)
     return training_set(paths, range(len(paths)), options, SMALL, small_images=False)
 
 
@@ -130,6 +136,51 @@ def test_random_erase_hides_a_rectangle_in_its_share_of_images():
             assert 0.01 < box[..., 0].size / 64**2 < 0.34
     assert 70 < hidden < 130  # 100, and 3.5 of their spread
     assert (white == 255).all()
+
+
+def test_jitter_is_brightness_contrast_and_saturation_of_torchvision():
+    image, rng = noise(40, 30), random.Random(7)
+    found, expected = jitter(np.array(image), random.Random(7)), image
+    adjust = {"Brightness": F.adjust_brightness, "Contrast": F.adjust_contrast}
+    adjust["Color"] = F.adjust_saturation
+    for name in rng.sample(list(adjust), 3):
+        expected = adjust[name](expected, rng.uniform(0.6, 1.4))
+    assert np.array_equal(found, np.array(expected))
+
+
+FILL = {"fill": list(MEAN_COLOUR)}
+# What torchvision calls the changes of TRIVIAL: they are drawn about as often for both signs.
+OF_TRIVIAL = [
+    lambda image, _: image,
+    lambda image, s: F.affine(image, 0, [0, 0], 1, [math.degrees(math.atan(s)), 0], **FILL),
+    lambda image, s: F.affine(image, 0, [0, 0], 1, [0, math.degrees(math.atan(s))], **FILL),
+    lambda image, s: F.affine(image, 0, [round(-224 * s), 0], 1, [0, 0], **FILL),
+    lambda image, s: F.affine(image, 0, [0, round(-224 * s)], 1, [0, 0], **FILL),
+    lambda image, s: F.rotate(image, s, **FILL),
+    F.adjust_brightness,
+    F.adjust_saturation,
+    F.adjust_contrast,
+    F.adjust_sharpness,
+    lambda image, s: F.posterize(image, round(s)),
+    F.solarize,
+    lambda image, _: F.autocontrast(image),
+    lambda image, _: F.equalize(image),
+]
+
+
+@pytest.mark.parametrize("number", range(14))
+def test_trivial_augment_does_what_torchvisions_functions_do(number):
+    image = Image.effect_noise((224, 224), 90).convert("RGB")
+    image.paste((255, 0, 90), (60, 100, 160, 110))
+    change, least, most = TRIVIAL[number]
+    for strength in (least, least + 0.3 * (most - least), most):
+        expected = np.array(OF_TRIVIAL[number](image, strength))
+        off = (np.array(change(image, strength)) != expected).mean()
+        assert off < (0.03 if number in (1, 2) else 1e-9)  # slanted lines are rounded
+    pixels = np.array(image)
+    drawn = [trivial_augment(pixels, random.Random(seed)) for seed in range(60)]
+    assert {each.shape for each in drawn} == {pixels.shape}
+    assert len({each.tobytes() for each in drawn}) > 40
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -30,7 +30,7 @@ V1, V2 = "shufflenet_v1_x0_25_g3", "shufflenet_v2_x0_5"
 @pytest.fixture
 def loader(flowers):
     paths, labels, *_ = utils.read_split_data(flowers, 0.25)
-    options = Namespace(train_size=64, random_erase=0.0, seed=0)
+    options = Namespace(train_size=64, random_erase=0.0, augment=None, seed=0)
     dataset = training_set(paths, labels, options, default_preprocessing(V2), small_images=False)
     return DeviceLoader(dataset, CPU, default_preprocessing(V2), 8, 0, BadImages(30), seed=0)
 
@@ -120,6 +120,12 @@ def test_amp_trains_in_bfloat16_on_the_cpu(network, loader):
     assert seen == {torch.bfloat16}
     chosen = [utils.use_bfloat16(CPU, amp) for amp in (None, False, True)]
     assert chosen == [False, False, True]
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_from_there():
+    rates = [utils.cosine_lr(0.4, 0.1, epoch, 10, rise=0.3) for epoch in range(10)]
+    assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert rates[3:] == [utils.cosine_lr(0.4, 0.1, epoch, 7) for epoch in range(7)]
 
 
 def test_the_learning_rate_is_a_half_cosine():

@@ -41,13 +41,16 @@ class Tally:
         return int(self.confusion.sum())
 
     def figures(self) -> dict[str, float]:
-        """Mean cross entropy, and accuracy and (of more than five classes) top-5 accuracy, 0 to 1.
-        A metric of your own is a line here. RunError if no image could be read."""
+        """Mean cross entropy; accuracy, balanced accuracy (the mean recall of the classes that have
+        images) and, of more than five classes, top-5 accuracy, 0 to 1. A metric of your own is a
+        line here. RunError if no image could be read."""
         if not self.images:
             raise RunError("none of the images to measure on can be read")
+        hits, images = self.confusion.diagonal(), self.confusion.sum(1)  # of each class
         figures = {
             "loss": float(self.loss_sum / self.images),
-            "accuracy": float(self.confusion.trace() / self.images),
+            "accuracy": float(hits.sum() / self.images),
+            "balanced_accuracy": float((hits[images > 0] / images[images > 0]).mean()),
         }
         if len(self.confusion) > 5:
             figures["top5"] = self.top5_hits / self.images

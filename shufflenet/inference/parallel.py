@@ -1,10 +1,12 @@
 """A batch in parts, each computed by one thread.
 
 torch's own threads meet at the end of every operation, and spin until all are there: whatever else
-runs on the machine stops them all. Parts of a batch meet once. It needs that an image does not see
-the others of its batch: batch norm must be frozen.
+runs on the machine stops them all. Parts of a batch meet once. An image must not see the others of
+its batch: batch norm is frozen, or learns from parts of a fixed size, whatever the number of
+threads ("ghost batches": Hoffer et al., "Train longer, generalize better", arXiv 1705.08741).
 """
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from shufflenet.inference.pytorch import torch_threads
 
 PART = 16  # images at most: the fastest of 1, 2, 4 ... 64 for x0.5, x1.0 and v1
+GHOST = 64  # images at least that batch norm learns from at once
 
 
 def split_batch(x: Tensor, threads: int) -> Sequence[Tensor]:
@@ -39,24 +42,48 @@ def run_in_parts(
 
 class InParts(nn.Module):
     """A network that computes and learns as `network`, whose parameters it has, in parts on a CPU:
-    the same gradients, but for the order of sums."""
+    the same gradients, but for the order of sums. With `ghosts` its batch norms learn from each
+    part alone, and their statistics move by the mean over the parts."""
 
-    def __init__(self, network: nn.Module, threads: int) -> None:
+    def __init__(self, network: nn.Module, threads: int, ghosts: bool = False) -> None:
         super().__init__()
-        self.network, self.threads = network, threads
+        self.network, self.threads, self.ghosts = network, threads, ghosts
+        self.copies = nn.ModuleList()  # the same parameters, statistics of their own
 
     def forward(self, x: Tensor) -> Tensor:
         """As that of the network, of x (N, ...) that needs no gradient."""
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        return _Parts.apply(self.network, self.threads, x, *parameters)
+        if not (self.ghosts and self.training):
+            parts = split_batch(x, self.threads)
+            return _Parts.apply(self.threads, [self.network] * len(parts), parts, *parameters)
+        parts = x.tensor_split(max(1, len(x) // GHOST))
+        while len(self.copies) < len(parts) - 1:
+            shared = {id(parameter): parameter for parameter in self.network.parameters()}
+            self.copies.append(copy.deepcopy(self.network, shared))
+        networks = [self.network, *self.copies][: len(parts)]
+        logits = _Parts.apply(self.threads, networks, parts, *parameters)
+        # Written as data: autograd, which keeps them without a use, would find them changed.
+        for values in zip(*(network.buffers() for network in networks), strict=True):
+            if values[0].is_floating_point():
+                values[0].data.copy_(torch.stack(values).mean(0))
+        for one in self.copies:
+            for value, mean in zip(one.buffers(), self.network.buffers(), strict=True):
+                value.data.copy_(mean)
+        return logits
 
 
 class _Parts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, network: nn.Module, threads: int, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        threads: int,
+        networks: Sequence[nn.Module],
+        parts: Sequence[Tensor],
+        *parameters: Tensor,
+    ) -> Tensor:
         ctx.threads, ctx.parameters = threads, parameters
         with torch.enable_grad():  # each part has a graph of its own
-            ctx.outputs = _map(threads, network, split_batch(x, threads))
+            ctx.outputs = _map(threads, nn.Module.__call__, networks, parts)
         return torch.cat([output.detach() for output in ctx.outputs])
 
     @staticmethod
@@ -72,14 +99,15 @@ class _Parts(torch.autograd.Function):
 
 
 def _map(threads: int, function: Callable, *columns: Sequence) -> list:
-    """function of the items of the columns, by threads in the modes of the caller."""
+    """function of the items of the columns, by threads in the modes of the caller; of more threads
+    than items each item gets several."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    before = torch.get_num_threads()
+    before, each = torch.get_num_threads(), max(1, threads // len(columns[0]))
     amp, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def work(*items: object) -> object:
         with (
-            torch_threads(1, before),
+            torch_threads(each, before),
             torch.inference_mode(inference),
             torch.set_grad_enabled(grad),
             torch.autocast("cpu", dtype, enabled=amp),

@@ -76,10 +76,10 @@ def wrap(learner: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
 
-def share_statistics(learner: nn.Module) -> None:
+def share_statistics(network: nn.Module | None) -> None:
     """Give all processes the statistics of batch norm of the first."""
-    if torch.distributed.is_initialized():
-        for buffer in learner.buffers():
+    if network and torch.distributed.is_initialized():
+        for buffer in network.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 

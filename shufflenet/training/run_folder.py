@@ -4,8 +4,10 @@
 
     history     a row of figures per epoch; epoch 0 is `fc` alone, trained first
     seconds     what each of these epochs took
-    best        accuracy, loss, epoch and confusion matrix of the best epoch; or None
-    learning    state of the optimizer, and of the head on cached features; or None
+    best        accuracy, balanced accuracy, loss, epoch and confusion matrix of the best epoch; or
+                None
+    learning    state of the optimizer, of the head on cached features and of the moving average
+                (--ema) that best.pth holds; or None
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -34,6 +37,7 @@ FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs", "patie
 # Options that TensorBoard compares, in this order.
 COMPARED = ("model", "lr", "weight_decay", "batch_size", "epochs", "lrf", "weights")
 COMPARED += ("freeze_layers", "fc_first", "freeze_bn", "train_size", "random_erase", "seed", "amp")
+COMPARED += ("opt", "label_smoothing", "class_weights", "ema", "augment")
 DRAWN_ANEW = 10  # seconds of an epoch beside which drawing takes no time
 
 
@@ -104,13 +108,20 @@ class RunFolder:
         patience = self.metadata.args.get("patience")
         return bool(patience and self.best and self.epoch - self.best["epoch"] >= patience)
 
-    def restore(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load what the last epoch left of the optimizer, and of a head on cached features; the
-        network itself is restored when it is built."""
+    def restore(
+        self,
+        learner: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedModel | None = None,
+    ) -> None:
+        """Load what the last epoch left of the optimizer, of a head on cached features, and of the
+        moving average; the network itself is restored when it is built."""
         if self._learning:
             optimizer.load_state_dict(self._learning["optimizer"])
             if isinstance(learner, Head):
                 learner.load_state_dict(self._learning["head"])
+            if average:
+                average.load_state_dict(self._learning["average"])
 
     def record(
         self,
@@ -118,9 +129,11 @@ class RunFolder:
         confusion: np.ndarray,
         learner: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        average: AveragedModel | None = None,
     ) -> bool:
         """Keep what an epoch brought: its figures, among them "epoch" and "seconds", and the state
-        of what learns. Returns whether it is the best so far."""
+        of what learns; best.pth gets the `average`, if there is one. Returns whether it is the best
+        so far."""
         row = dict(figures)
         speed = row.pop("images_per_second", None)
         self.seconds.append(row.pop("seconds"))  # apart, since no two runs have the same
@@ -128,14 +141,18 @@ class RunFolder:
         self._learning = {"optimizer": optimizer.state_dict()} if optimizer else None
         if isinstance(learner, Head):
             self._learning["head"] = learner.state_dict()
-        accuracy, loss = row["val_accuracy"], row["val_loss"]
-        better = not self.best or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"])
+        if average:
+            self._learning["average"] = average.state_dict()
+        figures = {name: row[f"val_{name}"] for name in ("accuracy", "balanced_accuracy", "loss")}
+        judged = "balanced_accuracy" if self.metadata.args.get("class_weights") else "accuracy"
+        new, old = ((each[judged], -each["loss"]) if each else () for each in (figures, self.best))
+        better = new > old
         if better:
-            self.best = {"accuracy": accuracy, "loss": loss, "epoch": row["epoch"]}
-            self.best["confusion"] = torch.from_numpy(confusion)
+            self.best = figures | {"epoch": row["epoch"], "confusion": torch.from_numpy(confusion)}
         if self._writer:
             if better:  # before last.pth: killed between the two, the epoch is done again
-                checkpoint.save(self._usable(), self.folder / "best.pth")
+                network = average.module if average else self.model
+                checkpoint.save(self._usable(network), self.folder / "best.pth")
             self._save_last()
             self._save_metrics()
             self._log(row, speed)
@@ -143,8 +160,8 @@ class RunFolder:
                 self._draw()
         return better
 
-    def _usable(self) -> dict:
-        state = self.model.state_dict()
+    def _usable(self, network: nn.Module) -> dict:
+        state = network.state_dict()
         weights = {name: value.cpu().contiguous() for name, value in state.items()}
         metrics = dict(self.history[-1]) if self.history else {}
         epoch = {"epoch": self.epoch, "metrics": metrics}
@@ -153,7 +170,7 @@ class RunFolder:
     def _save_last(self) -> None:
         state = {"history": self.history, "seconds": self.seconds, "best": self.best}
         state["learning"] = self._learning
-        checkpoint.save(self._usable() | state, self.folder / "last.pth")
+        checkpoint.save(self._usable(self.model) | state, self.folder / "last.pth")
 
     @if_possible()
     def _save_metrics(self) -> None:
@@ -197,7 +214,8 @@ class RunFolder:
             for name in COMPARED
             if (value := self.metadata.args.get(name)) is not None
         }
-        best = {f"best/{name}": self.best[name] for name in ("accuracy", "loss", "epoch")}
+        kept = [name for name in self.best if name != "confusion"]
+        best = {f"best/{name}": self.best[name] for name in kept}
         for name, value in best.items():
             self._writer.add_scalar(name, value)
         for part in hparams(options, best):  # add_hparams would begin another run for them

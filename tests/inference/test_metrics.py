@@ -24,6 +24,8 @@ def test_a_tally_by_hand(batch_size):
     assert np.concatenate(found) == pytest.approx(losses)
     assert np.array_equal(tally.confusion, confusion)
     expected = {"accuracy": np.trace(confusion) / 35, "top5": top5 / 35}
+    recalls = [confusion[label, label] / sum(labels == label) for label in set(labels.tolist())]
+    expected["balanced_accuracy"] = pytest.approx(sum(recalls) / len(recalls))
     assert tally.images == 35
     assert tally.figures() == expected | {"loss": pytest.approx(np.mean(losses))}
 
@@ -31,8 +33,16 @@ def test_a_tally_by_hand(batch_size):
 def test_top5_of_five_classes_says_nothing_and_a_loss_that_is_not_finite_stays_so():
     tally = Tally(5)
     tally.add(np.array([[np.nan, 0, 0, 0, 0]]), np.array([0]))
-    assert list(tally.figures()) == ["loss", "accuracy"]
+    assert list(tally.figures()) == ["loss", "accuracy", "balanced_accuracy"]
     assert not math.isfinite(tally.figures()["loss"])
+
+
+def test_balanced_accuracy_by_hand_leaves_out_a_class_without_images():
+    tally = Tally(3)
+    tally.add(np.eye(3)[[0] * 9 + [0, 0, 1, 1]], np.array([0] * 9 + [1, 1, 1, 1]))
+    figures = tally.figures()
+    assert figures["accuracy"] == pytest.approx(11 / 13)
+    assert figures["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
 
 
 def test_softmax_and_class_report_by_hand():

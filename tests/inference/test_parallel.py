@@ -1,5 +1,6 @@
 """A batch in parts, a thread each: the same function and gradients as the whole."""
 
+import copy
 import threading
 
 import pytest
@@ -79,6 +80,32 @@ def test_an_exception_of_a_part_reaches_the_caller_whose_threads_stay():
     assert learner(torch.randn(4, 3, 64, 64)).shape == (4, 5)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_batch_norm_learns_from_64_images_at_once_whatever_the_threads(threads):
+    """As the network alone, given part after part from the same statistics, which then move by the
+    mean."""
+    torch.manual_seed(0)
+    model = build_model("shufflenet_v2_x0_5", 5, small_images=True).double().train()
+    plain = copy.deepcopy(model)
+    learner = rewrite_for_training(model, threads, batch_size=128).train()
+    for images, sizes in ((130, [65, 65]), (128, [64, 64]), (80, [80])):
+        x, labels = torch.randn(images, 3, 8, 8).double(), torch.arange(images) % 5
+        found = gradients(model, learner, x, labels)
+        copies = [copy.deepcopy(plain) for _ in sizes]
+        for part, part_labels, each in zip(
+            x.split(sizes), labels.split(sizes), copies, strict=True
+        ):
+            loss = nn.functional.cross_entropy(each(part), part_labels, reduction="sum")
+            (loss / images).backward()
+        for name, value in found.items():
+            expected = sum(dict(each.named_parameters())[name].grad for each in copies)
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+        for name, value in model.named_buffers():
+            values = [dict(each.named_buffers())[name].double() for each in copies]
+            torch.testing.assert_close(value.double(), sum(values) / len(values))
+        plain.load_state_dict(model.state_dict())
+
+
 class Batchwise(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
@@ -102,7 +129,10 @@ def test_a_layer_that_sees_the_batch_or_draws_is_computed_whole(layer):
     assert isinstance(rewrite_for_training(model, 2), InParts)
     assert not isinstance(rewrite_for_training(model, 1), InParts)  # as torchrun gives
     model.requires_grad_(True)  # batch norm learns
-    assert not isinstance(rewrite_for_training(model, 2), InParts)
+    assert not isinstance(rewrite_for_training(model, 2, 127), InParts)
+    assert isinstance(rewrite_for_training(model, 2, 128), InParts)
+    model.stage4[-1] = Drawing()
+    assert not isinstance(rewrite_for_training(model, 2, 128), InParts)
 
 
 def test_a_parameter_may_be_unused_in_a_part():

@@ -29,6 +29,14 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 # step, a middle one, validation.
 KINDS = {
     "all layers": (["--epochs", 3, "--random-erase", 0.5], [1, 4, 3]),
+    "more options": (
+        [
+            "--epochs",
+            3,
+            *["--augment", "trivial", "--opt", "adamw", "--ema", "0.9", "--class-weights"],
+        ],
+        [1, 4, 3],
+    ),
     "cached features": (["--epochs", 3, "--freeze-layers", "--batch-size", 8], [1, 7, 6]),
     "fc first": (["--epochs", 2, "--fc-first"], [20, 65, 3]),
     "fc that fits": (["--epochs", 3, "--freeze-layers", "--weights", "FITS"], [1, 3, 4]),
