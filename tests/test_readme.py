@@ -12,8 +12,9 @@ from conftest import ROOT
 
 READMES = ["README.md", "README.zh-CN.md"]
 DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
-# These take minutes, and are tested elsewhere.
-LONG = ("tools/benchmark.py", "tools/baseline.py", "tools/papers.py", "tests/soak.py")
+# These take minutes or write into docs/, and are tested elsewhere.
+LONG = [f"tools/{name}.py" for name in ("benchmark", "baseline", "papers", "draw_networks")]
+LONG += ["tests/soak.py"]
 
 
 def read(page):
