@@ -3,6 +3,7 @@ tools/draw_networks.py draws is what the papers describe."""
 
 import ast
 import contextlib
+import inspect
 import io
 import re
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import model
 from model import build_model
 
 PAGES = ["docs/networks.md", "docs/networks.zh-CN.md"]
@@ -37,6 +39,21 @@ def test_both_pages_run_the_same_code():
     )
     assert len(english) > 5
     assert english == chinese  # but for comments
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_says_of_model_py_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(.+?)` \|", text, re.M)
+    unit = inspect.getsource(model.InvertedResidual)
+    assert len(explained) == 14
+    assert [line for line in explained if line not in unit] == []
+    rows = re.findall(r"^\| (?:stage.|conv5 1x1) \| \d+x\d+ \| \d* ?\| (.+) \|$", text, re.M)
+    rows = [[int(channels) for channels in row.split(" | ")] for row in rows]
+    first = [channels[1.0][1] for channels in model._V1_CHANNELS.values()]
+    v1 = [[2**stage * channels for channels in first] for stage in range(3)]
+    v2 = [list(row) for row in zip(*model._V2_CHANNELS.values(), strict=True)]
+    assert rows == v1 + v2[1:]
 
 
 # v1, figure 2 b and c, and v2, figure 3 c and d, in stage 3: operation, output, what it reads.
