@@ -89,7 +89,7 @@ def count(network: nn.Module, *shape: int) -> dict[str, tuple[float, float, str]
     child that has convolutions, or `fc`), and under "" of the network, which is on the meta device:
     that computes shapes only. `shape` is that of the input without the batch.
 
-    v2 defines memory access (section 3, G1 and G2) as the elements that a convolution or `fc` reads
+    v2 defines memory access (section 2, G1 and G2) as the elements that a convolution or `fc` reads
     and writes, and its weights; of a 1x1 convolution these are hw(c1 + c2) + c1 c2 / g.
     """
     accesses, outputs = Counter(), {}
