@@ -82,7 +82,7 @@ RECIPES = {
     # at the top for 800 training images and for 200 (flower_photos, x0.5).
     "fc": Recipe(epochs=30, batch_size=64, lr=0.03, lrf=0.1, weight_decay=0.1),
     # Images of some 32 pixels; docs/training.md has the measurements.
-    "small": Recipe(epochs=30, batch_size=128, lr=0.1, lrf=0.01, weight_decay=5e-4),
+    "small": Recipe(epochs=30, batch_size=128, lr=0.2, lrf=0, weight_decay=5e-4, rise=0.2),
 }  # fmt: skip
 ADAMW = {  # what --opt adamw puts in their place
     "scratch": {"lr": 0.002, "weight_decay": 0.05},

@@ -1,5 +1,6 @@
 """train.py, eval.py and predict.py, end to end on small folders of drawn flowers."""
 
+import copy
 import csv
 import json
 import os
@@ -172,7 +173,10 @@ CHOSEN = [  # options, whether fc is new, and what is chosen
     ("--weights x --freeze-layers", True, {"fc_first": False, "lr": 0.03, "weight_decay": 0.1}),
     ("--weights x --freeze-layers --lr 0.02 --wd 0", True, {"lr": 0.02, "weight_decay": 0}),
     ("--weights x --freeze-layers --no-cache-features", True, {"fc_first": False, "lr": 0.01}),
-    ("--small-images", True, {"lr": 0.1, "weight_decay": 5e-4, "batch_size": 128}),
+    ("--small-images", True, {"lr": 0.2, "weight_decay": 5e-4, "batch_size": 128}),
+    ("--opt adamw", True, {"opt": "adamw", "lr": 0.002, "weight_decay": 0.05, "epochs": 30}),
+    ("--weights x --opt adamw --lr 1", True, {"lr": 1, "weight_decay": 0.05, "freeze_bn": True}),
+    ("--label-smoothing 0.1 --ema 0.9", True, {"label_smoothing": 0.1, "ema": 0.9, "opt": "sgd"}),
 ]
 
 
@@ -189,6 +193,7 @@ def test_what_is_omitted_depends_on_what_learns(words, new_fc, expected, capsys)
     )
 
 
+CPU = Compute(torch.device("cpu"), 1, False)
 BUSY = "the machine was busy (load 1.0); other work slows torch's threads: set OMP_WAIT_POLICY=P"
 
 
@@ -196,7 +201,9 @@ BUSY = "the machine was busy (load 1.0); other work slows torch's threads: set O
     ("recipe", "device", "threads", "load", "policy", "expected"),
     [
         ("finetune", "cpu", 8, 1.0, "", ""),
-        ("finetune", "cpu", 16, 1.0, "", "a batch of 16 keeps 8 of 16 cores busy"),
+        ("finetune", "cpu", 16, 1.0, "", "a batch of 16 makes 8 parts for 16 cores"),
+        ("small", "cpu", 2, 1.0, "", ""),
+        ("small", "cpu", 16, 1.0, "", "a batch of 128 makes 2 parts for 16 cores"),
         ("finetune", "cuda", 16, 1.0, "", ""),
         ("scratch", "cpu", 8, 1.0, "", BUSY),
         ("scratch", "cpu", 8, 0.2, "", ""),
@@ -233,10 +240,39 @@ def test_steep_gradients_move_the_weights_no_further_than_the_clip(clip):
     batch = torch.full((8, 1, 2, 2), 1e4), torch.arange(8) % 2
     before = torch.cat([value.flatten().clone() for value in learner.parameters()])
     recipe = train.Recipe(epochs=1, batch_size=8, lr=1.0, lrf=1.0, weight_decay=0, clip=clip)
-    train.fit(learner, learner, [batch], [batch], recipe, Compute(torch.device("cpu"), 1, False))
+    train.fit(learner, learner, [batch], [batch], recipe, torch.nn.CrossEntropyLoss(), CPU)
     after = torch.cat([value.flatten() for value in learner.parameters()])
     moved = (after - before).norm().item()
     assert moved == pytest.approx(5, rel=1e-3) if clip else moved > 1000
+
+
+def test_the_average_is_validated_while_the_network_goes_on():
+    """With 0.75 it keeps three quarters of itself in every step after the first."""
+    torch.manual_seed(0)
+    learner = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    plain = copy.deepcopy(learner)
+    batches = [(torch.randn(8, 1, 2, 2), torch.arange(8) % 2) for _ in range(3)]
+    recipe = train.Recipe(epochs=1, batch_size=8, lr=0.5, lrf=1, weight_decay=0, ema=0.75)
+    criterion = torch.nn.CrossEntropyLoss()
+    figures, _ = train.fit(learner, learner, batches, batches, recipe, criterion, CPU)
+    optimizer, average = torch.optim.SGD(plain.parameters(), 0.5, momentum=0.9), None
+    for images, labels in batches:
+        optimizer.zero_grad()
+        criterion(plain(images), labels).backward()
+        optimizer.step()
+        weights = [value.detach().clone() for value in plain.parameters()]
+        pairs = zip(average or weights, weights, strict=True)
+        average = [0.75 * old + 0.25 * new for old, new in pairs]
+    assert all(map(torch.equal, learner.parameters(), plain.parameters()))
+    for value, mean in zip(plain.parameters(), average, strict=True):
+        value.data.copy_(mean)
+    losses = [criterion(plain(images), labels).item() for images, labels in batches]
+    assert figures["val_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_weighted_classes_weigh_alike():
+    data = train.Data(["a", "b"], ([], [0] * 6 + [1] * 2), ([], []), "", None)
+    assert train.balanced_weights(data).tolist() == pytest.approx([8 / 12, 8 / 4])
 
 
 def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run_dir, capsys):
@@ -296,13 +332,16 @@ def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(flowers, tmp_path, 
         assert all(value.isfinite().all() for value in load(path)["model"].values())
 
 
-def test_the_best_epoch_has_the_lowest_loss_of_equal_accuracy(tmp_path):
-    metadata = Metadata("x", CLASSES, {}, {"patience": 2})
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_best_epoch_has_the_lowest_loss_of_equal_accuracy(tmp_path, weighted):
+    """Of equal balanced accuracy, where classes are weighted."""
+    metadata = Metadata("x", CLASSES, {}, {"patience": 2, "class_weights": weighted})
+    judged, other = ["val_accuracy", "val_balanced_accuracy"][:: -1 if weighted else 1]
     figures = [(0.5, 1.0), (0.5, 1.5), (0.5, 0.9), (0.4, 0.1), (0.5, 0.9)]
     run, better = RunFolder(tmp_path, torch.nn.Linear(1, 1), metadata), []
     for epoch, (accuracy, loss) in enumerate(figures, 1):
         row = {"epoch": epoch, "lr": 1, "train_loss": 1, "train_accuracy": 1}
-        row |= {"val_loss": loss, "val_accuracy": accuracy, "seconds": 1.0}
+        row |= {"val_loss": loss, judged: accuracy, other: epoch / 10, "seconds": 1.0}
         row["images_per_second"] = 9.0
         better.append(run.record(row, np.eye(5, dtype=int)))
     assert better == [True, False, True, False, False]
@@ -354,6 +393,8 @@ MISTAKES = [
     ("train.py --data-path FLOWERS --weights RUN/../none", "--weights .*none: no such file"),
     ("train.py --freeze-layers --data-path . --train-size 96", "--no-cache-features"),
     ("train.py --freeze-layers --data-path . --random-erase 0.5", "--no-cache-features"),
+    ("train.py --freeze-layers --data-path . --augment trivial", "--no-cache-features"),
+    ("train.py --freeze-layers --data-path . --ema 0.9", "--no-cache-features"),
     ("train.py --fc-first --data-path .", "--fc-first: there are no .*; add --weights"),
     (
         "train.py --data-path FLOWERS --output-dir RUN",
