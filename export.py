@@ -4,12 +4,13 @@
     python predict.py IMAGE --weights model.onnx
 
     python export.py --weights runs/RUN/best.pth --output int8.onnx --int8 FOLDER
+    python export.py --weights runs/RUN/best.pth --web FOLDER
 
 The network is rewritten by rewrite.py: the same function, faster; ONNX Runtime must agree with
 PyTorch before the file appears. It holds class names and preprocessing as metadata; model.json
 beside it describes input, preprocessing and output for the authors of clients, of which
 docs/deploy.md has three. With --int8 it computes in 8 bits: a third of the size, and faster where
-the processor has VNNI instructions.
+the processor has VNNI instructions. --web writes a page beside it that classifies in the browser.
 
 On a CPU with bfloat16 OpenVINO computes in it unless INFERENCE_PRECISION_HINT is "f32".
 """
@@ -19,6 +20,7 @@ import os
 from shufflenet.common import options
 from shufflenet.common.files import replacing, save_json
 from shufflenet.common.messages import RunError, UsageError, notice, say_json
+from shufflenet.inference import web
 from shufflenet.inference.checkpoint import load_trained
 from shufflenet.inference.onnx_file import (
     OPSETS,
@@ -49,13 +51,19 @@ def build_parser() -> options.Parser:
     parser.add_argument("--weights", type=options.weights_file, metavar="FILE",
         help="best.pth of a run or the run's folder, or a bare state dict (if omitted: the newest "
         "runs/*/best.pth)")
-    parser.add_argument("--output", default="model.onnx", metavar="FILE",
-        help="file to write; a .json of the same name describes it")
+    parser.add_argument("--output", metavar="FILE",
+        help="file to write; a .json of the same name describes it (if omitted: model.onnx)")
     parser.add_argument("--opset", type=int, choices=OPSETS, default=OPSETS[-1],
         help="of ONNX; older software wants 13 or 11")
     parser.add_argument("--int8", metavar="DIR",
         help="compute in 8 bits: a folder laid out as for train.py, whose training images "
         "calibrate and whose validation images measure")
+    parser.add_argument("--web", metavar="FOLDER",
+        help="write model.onnx and model.json to a folder, and a page that classifies images in "
+        "the browser, for any static server")
+    parser.add_argument("--runtime-dir", metavar="DIR",
+        help="npm's package onnxruntime-web, which --web copies (if omitted: the page loads it "
+        f"from {web.ADDRESS})")
     # fmt: on
     return parser
 
@@ -64,11 +72,19 @@ def main(words: options.Words = None) -> dict:
     """Export as the args say; returns what the last line prints."""
     args = build_parser().parse_args(words)
     weights = options.require_weights(args.weights)
-    output = options.check_file("--output", args.output, (".onnx",))
+    if args.web and args.output:
+        raise UsageError(f"--output {args.output}: --web writes {args.web}/model.onnx; omit one")
+    if args.runtime_dir and not args.web:
+        raise UsageError(f"--runtime-dir {args.runtime_dir}: only --web copies it; add --web")
+    runtime = web.find_runtime(args.runtime_dir) if args.runtime_dir else []
     if args.int8 and not os.path.isdir(args.int8):
         raise UsageError(f"--int8 {args.int8}: no such folder")
     if args.int8 and args.opset < 13:
         raise UsageError(f"--opset {args.opset}: --int8 needs 13 or 18")
+    if args.web:
+        output = web.make_folder(args.web) / "model.onnx"
+    else:
+        output = options.check_file("--output", args.output or "model.onnx", (".onnx",))
     require_packages()
 
     network, metadata = load_trained(weights)
@@ -93,6 +109,9 @@ def main(words: options.Words = None) -> dict:
     with replacing(output) as file:
         file.write(data)
     save_json(describe(metadata), output.with_suffix(".json"))
+    if args.web:
+        web.write_page(output.parent, runtime)
+        notice(f"next: python -m http.server --directory {output.parent}")
     summary = {"output": str(output), "weights": str(weights), "model": metadata.model_name}
     summary |= {"classes": len(metadata.classes), "megabytes": round(len(data) / 1e6, 2)} | figures
     say_json(summary)

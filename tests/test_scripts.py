@@ -414,6 +414,12 @@ MISTAKES = [
     ("export.py --weights file --output x.pt", "--output x.pt: the suffix must be .onnx"),
     ("export.py --weights x.onnx", "x.onnx is exported already; name the .pth that it was made of"),
     ("export.py --weights RUN --opset 11 --int8 FLOWERS", "--opset 11: --int8 needs 13 or 18"),
+    ("export.py --weights file --web file", "--web file: File exists; name another"),
+    ("export.py --weights file --web .", "--web .: its index.html is of another page; name"),
+    ("export.py --weights file --web file/x", "--web file/x: Not a directory; name another"),
+    ("export.py --weights file --web w --output x.onnx", "x.onnx: --web writes w/model.onnx; omit"),
+    ("export.py --weights file --runtime-dir .", "--runtime-dir .: only --web copies it; add"),
+    ("export.py --weights file --web w --runtime-dir .", "no ort.wasm.* in it: run npm install"),
 ]
 
 
@@ -421,6 +427,7 @@ MISTAKES = [
 def test_a_mistake_is_found_before_the_work(flowers, run_dir, tmp_path, command, message):
     (tmp_path / "file").touch(mode=0o777)  # as folders are
     (tmp_path / "x.onnx").touch()
+    (tmp_path / "index.html").touch()
     (tmp_path / "d.csv").mkdir()
     names = {"FLOWERS": flowers, "RUN": run_dir, "V1": "shufflenet_v1_x1_0_g3"}
     script, *words = command.split()

@@ -130,7 +130,7 @@ def newest_run(name: str) -> Path:
     return found[-1]
 
 
-def make_folder(path: str | None, name: str) -> Path:
+def make_folder(path: str | None, name: str, flag: str = "--output-dir") -> Path:
     """Make the folder for results, before any work: the one named, or a fresh `runs/DATE-NAME`."""
     folder = Path(path or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{name}")
     while not path and folder.exists():
@@ -140,7 +140,7 @@ def make_folder(path: str | None, name: str) -> Path:
         (probe := folder / f".{os.getpid()}").touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"--output-dir {folder}: {error.strerror}; name another") from None
+        raise UsageError(f"{flag} {folder}: {error.strerror}; name another") from None
     return folder
 
 
