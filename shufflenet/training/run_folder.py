@@ -6,8 +6,8 @@
     seconds     what each of these epochs took
     best        accuracy, balanced accuracy, loss, epoch and confusion matrix of the best epoch; or
                 None
-    learning    state of the optimizer, of the head on cached features and of the moving average
-                (--ema) that best.pth holds; or None
+    learning    state of the optimizer, of the head on cached features, and of the network where
+                "model" is its moving average (--ema); or None
 """
 
 import argparse
@@ -48,6 +48,7 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
     if not state.keys() >= {"args", "history", "seconds", "best", "learning"}:
         raise UsageError(f"--resume {last} is not the last.pth of a run; name one")
     began = {name: value for name, value in state["args"].items() if name in vars(options)}
+    began.setdefault("ema", 0.0)  # of a run before there was one
     parser.set_defaults(**began)
     options = parser.parse_args(options.words)
     options.output_dir = str(last.parent)
@@ -95,7 +96,7 @@ class RunFolder:
             save_json(dict(enumerate(metadata.classes)), folder / "class_indices.json")
             self._save_metrics()  # a kill may have come before it
         if writes and not state:
-            self._save_last()  # so that there always is something to resume
+            self._save_last(model)  # so that there always is something to resume
 
     @property
     def epoch(self) -> int:
@@ -115,13 +116,14 @@ class RunFolder:
         average: AveragedModel | None = None,
     ) -> None:
         """Load what the last epoch left of the optimizer, of a head on cached features, and of the
-        moving average; the network itself is restored when it is built."""
+        network beside its moving average; what was saved is restored when the network is built."""
         if self._learning:
             optimizer.load_state_dict(self._learning["optimizer"])
             if isinstance(learner, Head):
                 learner.load_state_dict(self._learning["head"])
             if average:
-                average.load_state_dict(self._learning["average"])
+                average.n_averaged.copy_(self._learning["steps"])
+                self.model.load_state_dict(self._learning["network"])
 
     def record(
         self,
@@ -132,8 +134,8 @@ class RunFolder:
         average: AveragedModel | None = None,
     ) -> bool:
         """Keep what an epoch brought: its figures, among them "epoch" and "seconds", and the state
-        of what learns; best.pth gets the `average`, if there is one. Returns whether it is the best
-        so far."""
+        of what learns. If there is an `average`, it is saved as the network. Returns whether it is
+        the best so far."""
         row = dict(figures)
         speed = row.pop("images_per_second", None)
         self.seconds.append(row.pop("seconds"))  # apart, since no two runs have the same
@@ -142,7 +144,9 @@ class RunFolder:
         if isinstance(learner, Head):
             self._learning["head"] = learner.state_dict()
         if average:
-            self._learning["average"] = average.state_dict()
+            steps = average.n_averaged
+            self._learning |= {"network": self.model.state_dict(), "steps": steps}
+        saved = average.module if average else self.model
         figures = {name: row[f"val_{name}"] for name in ("accuracy", "balanced_accuracy", "loss")}
         judged = "balanced_accuracy" if self.metadata.args.get("class_weights") else "accuracy"
         new, old = ((each[judged], -each["loss"]) if each else () for each in (figures, self.best))
@@ -151,9 +155,8 @@ class RunFolder:
             self.best = figures | {"epoch": row["epoch"], "confusion": torch.from_numpy(confusion)}
         if self._writer:
             if better:  # before last.pth: killed between the two, the epoch is done again
-                network = average.module if average else self.model
-                checkpoint.save(self._usable(network), self.folder / "best.pth")
-            self._save_last()
+                checkpoint.save(self._usable(saved), self.folder / "best.pth")
+            self._save_last(saved)
             self._save_metrics()
             self._log(row, speed)
             if self.seconds[-1] > DRAWN_ANEW:
@@ -167,10 +170,10 @@ class RunFolder:
         epoch = {"epoch": self.epoch, "metrics": metrics}
         return {"model": weights} | asdict(self.metadata) | epoch
 
-    def _save_last(self) -> None:
+    def _save_last(self, network: nn.Module) -> None:
         state = {"history": self.history, "seconds": self.seconds, "best": self.best}
         state["learning"] = self._learning
-        checkpoint.save(self._usable(self.model) | state, self.folder / "last.pth")
+        checkpoint.save(self._usable(network) | state, self.folder / "last.pth")
 
     @if_possible()
     def _save_metrics(self) -> None:
