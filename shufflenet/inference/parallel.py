@@ -48,7 +48,7 @@ class InParts(nn.Module):
     def __init__(self, network: nn.Module, threads: int, ghosts: bool = False) -> None:
         super().__init__()
         self.network, self.threads, self.ghosts = network, threads, ghosts
-        self.copies = nn.ModuleList()  # the same parameters, statistics of their own
+        self.copies: list[nn.Module] = []  # the same parameters, statistics of their own
 
     def forward(self, x: Tensor) -> Tensor:
         """As that of the network, of x (N, ...) that needs no gradient."""
@@ -65,7 +65,8 @@ class InParts(nn.Module):
         # Written as data: autograd, which keeps them without a use, would find them changed.
         for values in zip(*(network.buffers() for network in networks), strict=True):
             if values[0].is_floating_point():
-                values[0].data.copy_(torch.stack(values).mean(0))
+                # So that equal values stay as they are, to the bit.
+                values[0].data.add_(torch.stack(values).sub_(values[0]).mean(0))
         for one in self.copies:
             for value, mean in zip(one.buffers(), self.network.buffers(), strict=True):
                 value.data.copy_(mean)
