@@ -163,10 +163,10 @@ def trivial_augment(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
     return np.asarray(change(Image.fromarray(pixels), rng.uniform(least, most)))
 
 
-def _affine(image: Image.Image, b: float = 0, c: float = 0, move: tuple = (0, 0)) -> Image.Image:
-    """A pixel x, y from the centre comes from x + b y, c x + y, moved by shares of the side."""
+def _affine(image: Image.Image, b: float = 0, c: float = 0, shift: tuple = (0, 0)) -> Image.Image:
+    """A pixel x, y from the centre comes from x + b y, c x + y, shifted by shares of the side."""
     x, y = image.width / 2, image.height / 2
-    right, down = move[0] * image.width, move[1] * image.height
+    right, down = shift[0] * image.width, shift[1] * image.height
     places = (1, b, right - b * y, c, 1, down - c * x)
     return image.transform(image.size, Image.Transform.AFFINE, places, fillcolor=MEAN_COLOUR)
 
@@ -175,8 +175,8 @@ TRIVIAL = [  # (change, its least strength, its greatest)
     (lambda image, _: image, 0, 0),
     (lambda image, shear: _affine(image, b=shear), -0.99, 0.99),
     (lambda image, shear: _affine(image, c=shear), -0.99, 0.99),
-    (lambda image, share: _affine(image, move=(share, 0)), -1 / 7, 1 / 7),  # 32 pixels of 224
-    (lambda image, share: _affine(image, move=(0, share)), -1 / 7, 1 / 7),
+    (lambda image, share: _affine(image, shift=(share, 0)), -1 / 7, 1 / 7),  # 32 pixels of 224
+    (lambda image, share: _affine(image, shift=(0, share)), -1 / 7, 1 / 7),
     (lambda image, degrees: image.rotate(degrees, fillcolor=MEAN_COLOUR), -135, 135),
     (lambda image, factor: ImageEnhance.Brightness(image).enhance(factor), 0.01, 1.99),
     (lambda image, factor: ImageEnhance.Color(image).enhance(factor), 0.01, 1.99),

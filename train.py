@@ -61,7 +61,7 @@ class Recipe:
     rise: float = 0.0  # share of the epochs in which the rate first rises to lr
     opt: str = "sgd"
     label_smoothing: float = 0.0
-    ema: float | None = None  # decay, per step, of the weights' moving average
+    ema: float = 0.0  # what a moving average of the weights keeps of itself in a step
     clip: float | None = None  # largest norm of the gradients of a step
     fc_first: bool = False  # train fc alone before all layers, as epoch 0
     freeze_bn: bool = False
@@ -85,11 +85,13 @@ RECIPES = {
     # Images of some 32 pixels; docs/training.md has the measurements.
     "small": Recipe(epochs=30, batch_size=128, lr=0.2, lrf=0, weight_decay=5e-4, rise=0.2),
 }  # fmt: skip
-ADAMW = {  # what --opt adamw puts in their place
-    "scratch": {"lr": 0.002, "weight_decay": 0.05},
-    "finetune": {"lr": 0.0005, "weight_decay": 0.05},
-    "fc": {"lr": 0.01, "weight_decay": 0.1},
-    "small": {"lr": 0.003, "weight_decay": 0.05},
+RATES = {  # what another optimizer than SGD puts in their place
+    "adamw": {
+        "scratch": {"lr": 0.002, "weight_decay": 0.05},
+        "finetune": {"lr": 0.0005, "weight_decay": 0.05},
+        "fc": {"lr": 0.01, "weight_decay": 0.1},
+        "small": {"lr": 0.003, "weight_decay": 0.05},
+    }
 }
 
 
@@ -133,7 +135,7 @@ def build_parser() -> options.Parser:
     add("-b", "--batch-size", type=count, metavar="N",
         help="images per step, of each process")
     add("--lr", type=options.number(float, 1e-30), metavar="RATE",
-        help="first learning rate; with N processes multiply it by N, since a step sees N times "
+        help="largest learning rate; with N processes multiply it by N, since a step sees N times "
         "the images")
     add("--lrf", type=share, metavar="SHARE",
         help="the rate falls towards lr * lrf")
@@ -144,11 +146,11 @@ def build_parser() -> options.Parser:
     add("--label-smoothing", type=options.number(float, 0, 0.99), metavar="SHARE",
         help="share of the target that is spread over all classes")
     add("--class-weights", action="store_true",
-        help="every class weighs alike, however few its images; balanced accuracy then chooses "
-        "the best epoch")
-    add("--ema", type=options.number(float, 0, 1), metavar="DECAY",
+        help="weigh images by how rare their class is; balanced accuracy, the mean recall of the "
+        "classes, then chooses the best epoch")
+    add("--ema", type=options.number(float, 0, 0.99999), metavar="DECAY",
         help="validate and save a moving average of the weights, which keeps DECAY of itself in "
-        "every step; not of fc on cached features")
+        "every step (0: none); not of fc on cached features")
     add("--augment", choices=[name for name in AUGMENTS if name],
         help="also change colours (jitter), or one of fourteen things (trivial: TrivialAugment)")
     add("--train-size", type=options.number(int, 64, 1024), metavar="PIXELS",
@@ -223,8 +225,6 @@ def main(words: options.Words = None) -> dict:
     cores = max(1, options.cores() // distributed.LOCAL_WORLD)
     amp = not cached and use_bfloat16(device, args.amp)
     compute = pytorch.Compute(device, min(torch.get_num_threads(), cores), amp)
-    if not cached:
-        say_what_waits(recipe, compute)
 
     # Output.
     folder = options.make_folder(args.output_dir, args.name or args.model)
@@ -261,19 +261,20 @@ def main(words: options.Words = None) -> dict:
     return report(run, data, start)
 
 
-def say_what_waits(recipe: Recipe, compute: pytorch.Compute) -> None:
+def say_what_waits(batch_size: int, learner: nn.Module, compute: pytorch.Compute) -> None:
     """Tell, before the work, where cores would wait: see parallel.py."""
-    threads, size = compute.threads, recipe.batch_size
+    threads = compute.threads
     if compute.device.type != "cpu" or threads == 1:
         return
-    parts = max(1, size // (2 if recipe.freeze_bn else GHOST))
-    in_parts = recipe.freeze_bn or parts > 1
-    if in_parts and parts < threads:
-        todo = "a larger --batch-size is faster (multiply --lr alike)"
-        notice(f"a batch of {size} makes {parts} parts for {threads} cores: {todo}")
+    if isinstance(learner, InParts):
+        parts = max(1, batch_size // (GHOST if learner.ghosts else 2))
+        if parts < threads:
+            todo = "a larger --batch-size is faster (multiply --lr alike)"
+            notice(f"a batch of {batch_size} makes {parts} parts for {threads} cores: {todo}")
+        return
     # The load is that of all cores, of which a container may have only some.
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    waiting = not in_parts and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE"
+    waiting = os.environ.get("OMP_WAIT_POLICY") != "PASSIVE"
     if waiting and load > 0.5 and load + threads > (os.cpu_count() or 1):
         todo = "set OMP_WAIT_POLICY=PASSIVE in the environment"
         notice(f"the machine was busy (load {load:.1f}); other work slows torch's threads: {todo}")
@@ -313,6 +314,7 @@ def train_layers(
 ) -> None:
     """Train what is not frozen of a network, on images."""
     learner = rewrite.rewrite_for_training(model, compute.threads, recipe.batch_size)
+    say_what_waits(recipe.batch_size, learner, compute)
     threads = 1 if isinstance(learner, InParts) else compute.threads  # of torch
     learner = distributed.wrap(learner, compute.device)
     seed, workers = metadata.args["seed"], metadata.args["workers"]
@@ -335,10 +337,10 @@ def fit(
 ) -> tuple[dict, np.ndarray | None]:
     """Train and validate, epoch after epoch; returns figures and confusion matrix of the last.
 
-    `model` is the network that is saved; `learner` is what computes in its place while it learns:
-    itself, its rewrite, or a head on cached features. With `recipe.ema` an average of the network
-    is validated and saved in its place. A `run` keeps every epoch, and goes on where it ended;
-    weights whose `fc` fits are its epoch 0. RunError if the loss is not finite.
+    `learner` is what computes in place of `model` while it learns: itself, its rewrite, or a head
+    on cached features. Validated and saved is the model or, with `recipe.ema`, its moving average.
+    A `run` keeps every epoch, and goes on where it ended; weights whose `fc` fits are its epoch 0.
+    RunError if the loss is not finite.
     """
     parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[recipe.opt](parameters, recipe.lr, weight_decay=recipe.weight_decay)
@@ -370,7 +372,7 @@ def fit(
             learner, optimizer, train_loader, compute.device, epoch,
             criterion=criterion, amp=compute.amp, clip=recipe.clip,
         )  # fmt: skip
-        for each in (learner, average):
+        for each in (model, network):
             distributed.share_statistics(each)
         if isinstance(learner, features.Head):
             learner.fold_into(model.fc)
@@ -427,6 +429,7 @@ def report(run: RunFolder, data: Data, start: float) -> dict:
     notice(f"{best_file} holds epoch {run.best['epoch']}; next: {next_step}")
     summary = {
         "best_accuracy": run.best["accuracy"],
+        "best_balanced_accuracy": run.best.get("balanced_accuracy"),
         "best_epoch": run.best["epoch"],
         "epochs": run.epoch,
         "train_images": len(data.train[0]),
@@ -439,8 +442,8 @@ def report(run: RunFolder, data: Data, start: float) -> dict:
 
 
 def balanced_weights(data: Data) -> torch.Tensor:
-    """A weight for each class, (classes,): with them every class weighs alike, and the mean image
-    weighs 1."""
+    """A weight for each class, (classes,), with which all classes weigh alike, and the mean image
+    weighs 1; as in scikit-learn's class_weight="balanced"."""
     counts = torch.bincount(torch.tensor(data.train[1]), minlength=len(data.classes))
     return counts.sum() / (len(counts) * counts)
 
@@ -584,8 +587,8 @@ def choose_recipe(args: argparse.Namespace, fc_is_new: bool, small_images: bool)
         kind = "scratch"
     typed = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     typed = {name: value for name, value in typed.items() if value is not None}
-    adamw = ADAMW[kind] if args.opt == "adamw" else {}
-    recipe = replace(RECIPES[kind], **adamw | typed | {"fc_first": fc_first})
+    rates = RATES.get(args.opt, {}).get(kind, {})
+    recipe = replace(RECIPES[kind], **rates | typed | {"fc_first": fc_first})
     notice(f"recipe {kind}: {recipe}")
     return recipe
 

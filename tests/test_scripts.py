@@ -24,12 +24,14 @@ import eval as evaluation
 import export
 import predict
 import train
+import utils
 from model import IMAGENET_MEAN, IMAGENET_STD, ShuffleNetV2
 from shufflenet.common.messages import RunError, UsageError
-from shufflenet.inference import plots
+from shufflenet.inference import checkpoint, plots
 from shufflenet.inference.classifier import Classifier
 from shufflenet.inference.metadata import Metadata
 from shufflenet.inference.metrics import measure
+from shufflenet.inference.parallel import InParts
 from shufflenet.inference.pytorch import Compute
 from shufflenet.reading.folders import BadImages, image_hashes
 from shufflenet.reading.image import load_rgb
@@ -99,8 +101,8 @@ def test_main_takes_parsed_options_too_and_prints_the_summary_last(flowers, tmp_
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("epoch 1/1  lr 0.01  train loss ")
     assert json.loads(lines[-1]) == summary
-    keys = "best_accuracy best_epoch epochs train_images val_images seconds output_dir"
-    assert list(summary) == keys.split()
+    keys = "best_accuracy best_balanced_accuracy best_epoch epochs train_images val_images seconds"
+    assert list(summary) == [*keys.split(), "output_dir"]
     assert (summary["train_images"], summary["val_images"], summary["epochs"]) == (30, 10, 1)
     words = [str(flowers / "roses"), "--weights", "out/best.pth"]
     assert len(predict.main(predict.build_parser().parse_args(words))) == 8
@@ -198,27 +200,29 @@ BUSY = "the machine was busy (load 1.0); other work slows torch's threads: set O
 
 
 @pytest.mark.parametrize(
-    ("recipe", "device", "threads", "load", "policy", "expected"),
+    ("batch", "in_parts", "device", "threads", "load", "policy", "expected"),
     [
-        ("finetune", "cpu", 8, 1.0, "", ""),
-        ("finetune", "cpu", 16, 1.0, "", "a batch of 16 makes 8 parts for 16 cores"),
-        ("small", "cpu", 2, 1.0, "", ""),
-        ("small", "cpu", 16, 1.0, "", "a batch of 128 makes 2 parts for 16 cores"),
-        ("finetune", "cuda", 16, 1.0, "", ""),
-        ("scratch", "cpu", 8, 1.0, "", BUSY),
-        ("scratch", "cpu", 8, 0.2, "", ""),
-        ("scratch", "cpu", 4, 1.0, "", ""),  # leaves cores to others
-        ("scratch", "cpu", 8, 1.0, "PASSIVE", ""),
-        ("scratch", "cuda", 8, 1.0, "", ""),
+        (16, True, "cpu", 8, 1.0, "", ""),
+        (16, True, "cpu", 16, 1.0, "", "a batch of 16 makes 8 parts for 16 cores"),
+        (128, "ghosts", "cpu", 2, 1.0, "", ""),
+        (128, "ghosts", "cpu", 16, 1.0, "", "a batch of 128 makes 2 parts for 16 cores"),
+        (16, False, "cpu", 8, 1.0, "", BUSY),
+        (16, False, "cpu", 8, 0.2, "", ""),
+        (16, False, "cpu", 4, 1.0, "", ""),  # leaves cores to others
+        (16, False, "cpu", 8, 1.0, "PASSIVE", ""),
+        (16, False, "cuda", 8, 1.0, "", ""),
     ],
 )
 def test_cores_that_would_wait_are_told(
-    recipe, device, threads, load, policy, expected, monkeypatch, capsys
+    batch, in_parts, device, threads, load, policy, expected, monkeypatch, capsys
 ):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
     monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    train.say_what_waits(train.RECIPES[recipe], Compute(torch.device(device), threads, False))
+    learner = torch.nn.Linear(1, 1)
+    if in_parts:
+        learner = InParts(learner, threads, ghosts=in_parts == "ghosts")
+    train.say_what_waits(batch, learner, Compute(torch.device(device), threads, False))
     said = capsys.readouterr().err
     assert (expected in said) if expected else not said
 
@@ -270,6 +274,24 @@ def test_the_average_is_validated_while_the_network_goes_on():
     assert figures["val_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
+def test_smoothing_and_weights_reach_the_loss(flowers, tmp_path, monkeypatch):
+    data, seen = shutil.copytree(flowers, tmp_path / "data"), []
+    for number in range(4):
+        (data / "roses" / f"roses_00{number}.jpg").unlink()
+
+    def look(*args, criterion, **others):
+        seen.append(criterion)
+        raise RunError("enough")
+
+    monkeypatch.setattr(train, "train_epoch", look)
+    words = ["--class-weights", "--label-smoothing", 0.1]
+    with pytest.raises(RunError, match="enough"):
+        train.main(small(data, tmp_path / "out", *words))
+    images = [7, 7, 3, 7, 7]  # without those to validate on
+    assert seen[0].weight.tolist() == pytest.approx([31 / (5 * count) for count in images])
+    assert seen[0].label_smoothing == 0.1
+
+
 def test_weighted_classes_weigh_alike():
     data = train.Data(["a", "b"], ([], [0] * 6 + [1] * 2), ([], []), "", None)
     assert train.balanced_weights(data).tolist() == pytest.approx([8 / 12, 8 / 4])
@@ -299,6 +321,21 @@ def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run
     os.truncate(folder / "last.pth", 50_000)
     with pytest.raises(RunError, match=r"^[^\n]*last\.pth: not a weight file, or damaged: [^\n]*$"):
         train.main(["--resume"])
+
+
+def test_a_run_from_before_an_option_was_there_goes_on_without_it(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "old")
+    state = load(folder, "last.pth")
+    for name in ("opt", "ema", "rise", "augment", "class_weights", "label_smoothing"):
+        del state["args"][name]
+    for figures in (state["best"], *state["history"]):
+        figures.pop("balanced_accuracy", figures.pop("val_balanced_accuracy", None))
+    checkpoint.save(state, folder / "last.pth")
+    with pytest.raises(UsageError, match="began with None: omit --opt adamw, or start a new run"):
+        train.main(["--resume", folder, "--opt", "adamw"])
+    assert train.main(["--resume", folder, "--epochs", 3])["epochs"] == 3
+    assert "averaged" not in load(folder, "last.pth")["learning"]
+    assert load(folder, "last.pth")["history"][2]["lr"] == utils.cosine_lr(0.01, 0.1, 2, 3)
 
 
 def test_a_run_on_other_images_is_not_resumed_where_the_split_is_drawn(flowers, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A batch in parts, each computed by one thread.
+"""A batch in parts, each computed by one thread (or several, of more threads than parts).
 
 torch's own threads meet at the end of every operation, and spin until all are there: whatever else
 runs on the machine stops them all. Parts of a batch meet once. An image must not see the others of
@@ -103,12 +103,12 @@ def _map(threads: int, function: Callable, *columns: Sequence) -> list:
     """function of the items of the columns, by threads in the modes of the caller; of more threads
     than items each item gets several."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    before, each = torch.get_num_threads(), max(1, threads // len(columns[0]))
+    before, of_a_part = torch.get_num_threads(), max(1, threads // len(columns[0]))
     amp, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def work(*items: object) -> object:
         with (
-            torch_threads(each, before),
+            torch_threads(of_a_part, before),
             torch.inference_mode(inference),
             torch.set_grad_enabled(grad),
             torch.autocast("cpu", dtype, enabled=amp),

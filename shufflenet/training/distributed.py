@@ -76,9 +76,9 @@ def wrap(learner: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
 
-def share_statistics(network: nn.Module | None) -> None:
+def share_statistics(network: nn.Module) -> None:
     """Give all processes the statistics of batch norm of the first."""
-    if network and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, 0)
 

@@ -6,8 +6,8 @@
     seconds     what each of these epochs took
     best        accuracy, balanced accuracy, loss, epoch and confusion matrix of the best epoch; or
                 None
-    learning    state of the optimizer, of the head on cached features, and of the network where
-                "model" is its moving average (--ema); or None
+    learning    state of the optimizer, of the head on cached features, and, where "model" is a
+                moving average (--ema), what it averages, and steps so far; or None
 """
 
 import argparse
@@ -47,8 +47,10 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
     state = checkpoint.load(last)
     if not state.keys() >= {"args", "history", "seconds", "best", "learning"}:
         raise UsageError(f"--resume {last} is not the last.pth of a run; name one")
-    began = {name: value for name, value in state["args"].items() if name in vars(options)}
-    began.setdefault("ema", 0.0)  # of a run before there was one
+    # A run may have begun before some of the options, and values of its recipe, were there.
+    names = vars(options).keys() - {"words", "resume"}
+    began = {name: state["args"].get(name, parser.get_default(name)) for name in names}
+    began |= {name: state["args"].get(name, 0.0) for name in ("ema", "rise")}
     parser.set_defaults(**began)
     options = parser.parse_args(options.words)
     options.output_dir = str(last.parent)
@@ -115,15 +117,15 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         average: AveragedModel | None = None,
     ) -> None:
-        """Load what the last epoch left of the optimizer, of a head on cached features, and of the
-        network beside its moving average; what was saved is restored when the network is built."""
+        """Load what the last epoch left of the optimizer, of a head on cached features, and of what
+        is averaged; what was saved as the network is loaded when that is built."""
         if self._learning:
             optimizer.load_state_dict(self._learning["optimizer"])
             if isinstance(learner, Head):
                 learner.load_state_dict(self._learning["head"])
             if average:
                 average.n_averaged.copy_(self._learning["steps"])
-                self.model.load_state_dict(self._learning["network"])
+                self.model.load_state_dict(self._learning["averaged"])
 
     def record(
         self,
@@ -145,14 +147,17 @@ class RunFolder:
             self._learning["head"] = learner.state_dict()
         if average:
             steps = average.n_averaged
-            self._learning |= {"network": self.model.state_dict(), "steps": steps}
+            self._learning |= {"averaged": self.model.state_dict(), "steps": steps}
         saved = average.module if average else self.model
-        figures = {name: row[f"val_{name}"] for name in ("accuracy", "balanced_accuracy", "loss")}
         judged = "balanced_accuracy" if self.metadata.args.get("class_weights") else "accuracy"
-        new, old = ((each[judged], -each["loss"]) if each else () for each in (figures, self.best))
-        better = new > old
+        new = {name: row[f"val_{name}"] for name in ("accuracy", "balanced_accuracy", "loss")}
+
+        def rank(figures: dict) -> tuple[float, float]:
+            return figures[judged], -figures["loss"]
+
+        better = not self.best or rank(new) > rank(self.best)
         if better:
-            self.best = figures | {"epoch": row["epoch"], "confusion": torch.from_numpy(confusion)}
+            self.best = new | {"epoch": row["epoch"], "confusion": torch.from_numpy(confusion)}
         if self._writer:
             if better:  # before last.pth: killed between the two, the epoch is done again
                 checkpoint.save(self._usable(saved), self.folder / "best.pth")

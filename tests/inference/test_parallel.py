@@ -88,7 +88,7 @@ def test_batch_norm_learns_from_64_images_at_once_whatever_the_threads(threads):
     model = build_model("shufflenet_v2_x0_5", 5, small_images=True).double().train()
     plain = copy.deepcopy(model)
     learner = rewrite_for_training(model, threads, batch_size=128).train()
-    for images, sizes in ((130, [65, 65]), (128, [64, 64]), (80, [80])):
+    for images, sizes in ((130, [65, 65]), (80, [80]), (128, [64, 64])):
         x, labels = torch.randn(images, 3, 8, 8).double(), torch.arange(images) % 5
         found = gradients(model, learner, x, labels)
         copies = [copy.deepcopy(plain) for _ in sizes]
@@ -127,7 +127,7 @@ def test_a_layer_that_sees_the_batch_or_draws_is_computed_whole(layer):
     torch.testing.assert_close(whole, model.eval()(x), rtol=1e-4, atol=1e-5)
     model.stage4[-1] = nn.Identity()
     assert isinstance(rewrite_for_training(model, 2), InParts)
-    assert not isinstance(rewrite_for_training(model, 1), InParts)  # as torchrun gives
+    assert not isinstance(rewrite_for_training(model, 1, 128), InParts)  # as torchrun gives
     model.requires_grad_(True)  # batch norm learns
     assert not isinstance(rewrite_for_training(model, 2, 127), InParts)
     assert isinstance(rewrite_for_training(model, 2, 128), InParts)
