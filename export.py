@@ -113,9 +113,8 @@ def main(words: options.Words = None) -> dict:
         web.write_page(output.parent, runtime)
         if not runtime:
             notice(f"the page loads its runtime from {web.ADDRESS} (--runtime-dir copies it)")
-        server = f"python -m http.server --directory {args.web}"
+        server = f"python -m http.server --directory {output.parent}"
         notice(f"next: {server}, then open http://localhost:8000")
-        notice(f"next: python -m http.server --directory {output.parent}")
     summary = {"output": str(output), "weights": str(weights), "model": metadata.model_name}
     summary |= {"classes": len(metadata.classes), "megabytes": round(len(data) / 1e6, 2)} | figures
     say_json(summary)

@@ -32,7 +32,7 @@ from shufflenet.common import files, options
 from shufflenet.common.messages import RunError, UsageError, notice, say, say_json
 from shufflenet.inference import checkpoint, pytorch, rewrite
 from shufflenet.inference.metadata import Metadata
-from shufflenet.inference.parallel import GHOST, InParts
+from shufflenet.inference.parallel import InParts
 from shufflenet.reading import download, folders, image
 from shufflenet.training import distributed, features
 from shufflenet.training.run_folder import RunFolder, load_run
@@ -125,7 +125,7 @@ def build_parser() -> options.Parser:
         help="keep batch norm's statistics, scale and shift (if omitted: as the recipe says)")
     add("--small-images", action=argparse.BooleanOptionalAction,
         help="a network for 32 pixels, whose first layers shrink nothing (if omitted: without "
-        "--weights where the first image has at most 48)")
+        "--weights where most of nine images have at most 48)")
 
     recipes = "; ".join(f"{kind}: {recipe}" for kind, recipe in RECIPES.items())
     add = parser.add_argument_group(
@@ -267,7 +267,7 @@ def say_what_waits(batch_size: int, learner: nn.Module, compute: pytorch.Compute
     if compute.device.type != "cpu" or threads == 1:
         return
     if isinstance(learner, InParts):
-        parts = max(1, batch_size // (GHOST if learner.ghosts else 2))
+        parts = len(learner.cut(torch.empty(batch_size)))
         if parts < threads:
             todo = "a larger --batch-size is faster (multiply --lr alike)"
             notice(f"a batch of {batch_size} makes {parts} parts for {threads} cores: {todo}")
@@ -389,7 +389,7 @@ def fit(
 def validated(
     network: nn.Module, learner: nn.Module, val_loader: Iterable, compute: pytorch.Compute
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Validate a head, or the network that is saved of another learner; figures and confusion
+    """Validate `learner` if it is a head, else the network that is saved: figures and confusion
     matrix of all processes. RunError if the loss is not finite."""
     if isinstance(learner, features.Head):
         network = learner

@@ -53,16 +53,15 @@ class InParts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As that of the network, of x (N, ...) that needs no gradient."""
         parameters = [p for p in self.network.parameters() if p.requires_grad]
+        parts = self.cut(x)
         if not (self.ghosts and self.training):
-            parts = split_batch(x, self.threads)
             return _Parts.apply(self.threads, [self.network] * len(parts), parts, *parameters)
-        parts = x.tensor_split(max(1, len(x) // GHOST))
         while len(self.copies) < len(parts) - 1:
             shared = {id(parameter): parameter for parameter in self.network.parameters()}
             self.copies.append(copy.deepcopy(self.network, shared))
         networks = [self.network, *self.copies][: len(parts)]
         logits = _Parts.apply(self.threads, networks, parts, *parameters)
-        # Written as data: autograd, which keeps them without a use, would find them changed.
+        # As data: autograd keeps them, without a use, and would complain of the change.
         for values in zip(*(network.buffers() for network in networks), strict=True):
             if values[0].is_floating_point():
                 # So that equal values stay as they are, to the bit.
@@ -72,8 +71,16 @@ class InParts(nn.Module):
                 value.data.copy_(mean)
         return logits
 
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        """The even parts of a batch (N, ...)."""
+        if self.ghosts:
+            return x.tensor_split(max(1, len(x) // GHOST))
+        return split_batch(x, self.threads)
+
 
 class _Parts(torch.autograd.Function):
+    """Forward: a graph for each part. Backward: each graph alone, then the sum over the parts."""
+
     @staticmethod
     def forward(
         ctx,
@@ -89,11 +96,11 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
-        def gradients_of(output: Tensor, part: Tensor) -> tuple:
-            return torch.autograd.grad(output, ctx.parameters, part, allow_unused=True)
+        def gradients_of(output: Tensor, its_gradient: Tensor) -> tuple:
+            return torch.autograd.grad(output, ctx.parameters, its_gradient, allow_unused=True)
 
-        parts = gradient.split([len(output) for output in ctx.outputs])
-        gradients = _map(ctx.threads, gradients_of, ctx.outputs, parts)
+        given = gradient.split([len(output) for output in ctx.outputs])
+        gradients = _map(ctx.threads, gradients_of, ctx.outputs, given)
         columns = zip(*gradients, strict=True)  # of each parameter, which a part may not use
         used = [[each for each in column if each is not None] for column in columns]
         return None, None, None, *(sum(each[1:], each[0]) if each else None for each in used)

@@ -90,8 +90,8 @@ def _try(rewrite: Callable[[nn.Module], nn.Module], model: nn.Module) -> Trial:
     if not any(kind in KNOWN for kind in kinds):
         return Trial()
     details = [module.extra_repr() for module in model.modules()]
-    frozen = [parameter.requires_grad for parameter in model.parameters()]
-    key = (rewrite, *(kind.forward for kind in kinds), *details, *frozen)
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+    key = (rewrite, *(kind.forward for kind in kinds), *details, *learns)
     if key not in _trials:
         plain = copy.deepcopy(model).cpu().double().eval()
         generator, state = torch.Generator().manual_seed(0), torch.get_rng_state()

@@ -35,10 +35,10 @@ from shufflenet.training.features import Head
 # Options that say where and how fast a run goes, not what it computes.
 FREE = {"data_path", "workers", "device", "output_dir", "name", "epochs", "patience"}
 # Options that TensorBoard compares, in this order.
-COMPARED = ("model", "lr", "weight_decay", "batch_size", "epochs", "lrf", "weights")
-COMPARED += ("freeze_layers", "fc_first", "freeze_bn", "train_size", "random_erase", "seed", "amp")
-COMPARED += ("opt", "label_smoothing", "class_weights", "ema", "augment")
-DRAWN_ANEW = 10  # seconds of an epoch beside which drawing takes no time
+COMPARED = ("model", "weights", "opt", "lr", "lrf", "weight_decay", "batch_size", "epochs", "ema")
+COMPARED += ("freeze_layers", "fc_first", "freeze_bn", "label_smoothing", "class_weights", "seed")
+COMPARED += ("augment", "train_size", "random_erase", "amp")
+DRAW_AFTER = 10  # seconds of an epoch beside which drawing takes no time
 
 
 def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
@@ -164,7 +164,7 @@ class RunFolder:
             self._save_last(saved)
             self._save_metrics()
             self._log(row, speed)
-            if self.seconds[-1] > DRAWN_ANEW:
+            if self.seconds[-1] > DRAW_AFTER:
                 self._draw()
         return better
 
