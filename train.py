@@ -63,7 +63,7 @@ class Recipe:
     label_smoothing: float = 0.0
     ema: float = 0.0  # what a moving average of the weights keeps of itself in a step
     clip: float | None = None  # largest norm of the gradients of a step
-    fc_first: bool = False  # train fc alone before all layers, as epoch 0
+    fc_first: bool = False  # train a new fc alone before all layers, as epoch 0
     freeze_bn: bool = False
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ RECIPES = {
     # steps: of few images it stays near what fc alone has reached.
     "finetune": Recipe(
         epochs=16, batch_size=16, lr=0.003, lrf=0.01, weight_decay=4e-5,
-        ema=0.99, clip=5.0, fc_first=True, freeze_bn=True,
+        ema=0.99, clip=5.0, freeze_bn=True,
     ),
     # fc on cached features. Of 3 batch sizes x 5 rates x 3 decays, 30 epochs, 5 splits, these were
     # at the top for 800 training images and for 200 (flower_photos, x0.5).
