@@ -204,7 +204,8 @@ def test_by_keyboard_in_chinese_on_a_phone_with_its_camera(browser, serve, folde
     page.locator("button:focus-visible", has_text="拍照").wait_for()
     page.keyboard.press("Enter")
     page.locator("dialog[open]").wait_for()
-    page.wait_for_function("document.getElementById('video').videoWidth")
+    while not page.evaluate("document.getElementById('video').videoWidth"):
+        page.wait_for_timeout(50)
     page.keyboard.press("Enter")  # on the first button
     page.locator(".card p", has_text="毫秒").wait_for()
     page.locator("#camera:focus").wait_for()  # where it was before
