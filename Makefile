@@ -1,6 +1,6 @@
 # make demo   train on drawn flowers for about a minute, then classify one
 # make test   lint and test
-# make gpu    check training and inference on a GPU of NVIDIA; two minutes
+# make gpu    check training and inference on a GPU of NVIDIA, and WebGPU in Chromium; two minutes
 # make soak   kill training 100 times and see that nothing is lost; half an hour
 # make lint   check style, change nothing
 #

@@ -82,7 +82,7 @@ RECIPES = {
     # fc on cached features. Of 3 batch sizes x 5 rates x 3 decays, 30 epochs, 5 splits, these were
     # at the top for 800 training images and for 200 (flower_photos, x0.5).
     "fc": Recipe(epochs=30, batch_size=64, lr=0.03, lrf=0.1, weight_decay=0.1),
-    # Images of some 32 pixels; docs/training.md has the measurements.
+    # Images of some 32 pixels; docs/training.md has what was measured.
     "small": Recipe(epochs=30, batch_size=128, lr=0.2, lrf=0, weight_decay=5e-4, rise=0.2),
 }  # fmt: skip
 RATES = {  # what another optimizer than SGD puts in their place

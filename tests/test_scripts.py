@@ -66,11 +66,12 @@ def test_a_run_leaves_what_the_readme_says(run_dir):
     assert json.loads((run_dir / "args.json").read_text())["epochs"] == 2
     rows = table(run_dir, "metrics.csv")
     figures = [f"{side}_{name}" for side in ("train", "val") for name in ("loss", "accuracy")]
-    assert list(rows[0]) == ["epoch", "lr", *figures, "seconds"]
+    assert list(rows[0]) == ["epoch", "lr", *figures, "val_balanced_accuracy", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     scalars = EventAccumulator(str(run_dir)).Reload()
     sides = {f"{name}/{side}" for name in ("loss", "accuracy") for side in ("train", "val")}
-    best = {f"best/{name}" for name in ("accuracy", "loss", "epoch")}
+    sides.add("balanced_accuracy/val")
+    best = {f"best/{name}" for name in ("accuracy", "balanced_accuracy", "loss", "epoch")}
     speed = {"learning_rate", "images_per_second"}
     assert set(scalars.Tags()["scalars"]) == sides | best | speed
     logged = [event.value for event in scalars.Scalars("loss/val")]

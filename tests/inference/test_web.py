@@ -160,8 +160,11 @@ def test_not_a_pixel_differs(browser, serve, folder, odd, tmp_path):
     compare(open_page(browser, serve(path.parent)), odd, path)
 
 
-def test_on_webgpu_too(launch, serve, folder, odd, tmp_path):
+@pytest.mark.gpu
+def test_on_webgpu_too(request, launch, serve, folder, odd, tmp_path):
     """By an adapter in software, which the page would leave alone; and what happens if it fails."""
+    if request.config.getoption("markexpr") != "gpu":
+        pytest.skip("takes long: make gpu")
     shutil.copytree(folder, tmp_path / "web")
     (tmp_path / "web" / web.RUNTIME[-1]).unlink()
     with launch(*WEBGPU) as browser:
