@@ -58,7 +58,6 @@ class Recipe:
     lr: float  # falls as a half cosine towards lr * lrf
     lrf: float
     weight_decay: float
-    rise: float = 0.0  # share of the epochs in which the rate first rises to lr
     opt: str = "sgd"
     label_smoothing: float = 0.0
     ema: float = 0.0  # what a moving average of the weights keeps of itself in a step
@@ -83,7 +82,7 @@ RECIPES = {
     # at the top for 800 training images and for 200 (flower_photos, x0.5).
     "fc": Recipe(epochs=30, batch_size=64, lr=0.03, lrf=0.1, weight_decay=0.1),
     # Images of some 32 pixels; docs/training.md has what was measured.
-    "small": Recipe(epochs=30, batch_size=128, lr=0.2, lrf=0, weight_decay=5e-4, rise=0.2),
+    "small": Recipe(epochs=30, batch_size=128, lr=0.1, lrf=0.01, weight_decay=5e-4),
 }  # fmt: skip
 RATES = {  # what another optimizer than SGD puts in their place
     "adamw": {
@@ -135,7 +134,7 @@ def build_parser() -> options.Parser:
     add("-b", "--batch-size", type=count, metavar="N",
         help="images per step, of each process")
     add("--lr", type=options.number(float, 1e-30), metavar="RATE",
-        help="largest learning rate; with N processes multiply it by N, since a step sees N times "
+        help="first learning rate; with N processes multiply it by N, since a step sees N times "
         "the images")
     add("--lrf", type=share, metavar="SHARE",
         help="the rate falls towards lr * lrf")
@@ -365,7 +364,7 @@ def fit(
             notice("stopped: --patience epochs have brought nothing better")
             break
         start = time.perf_counter()
-        lr = cosine_lr(recipe.lr, recipe.lrf, epoch, recipe.epochs, recipe.rise)
+        lr = cosine_lr(recipe.lr, recipe.lrf, epoch, recipe.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
         trained = train_epoch(

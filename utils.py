@@ -77,14 +77,9 @@ def set_train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def cosine_lr(lr: float, lrf: float, epoch: int, epochs: int, rise: float = 0.0) -> float:
-    """Learning rate of an epoch (from 0): a half cosine from `lr` towards `lr * lrf`, after a
-    straight line up to `lr` in the first share, `rise`, of the epochs."""
-    rising = round(rise * epochs)
-    if epoch < rising:
-        return lr * (epoch + 1) / (rising + 1)
-    done = (epoch - rising) / (epochs - rising)
-    return lr * (lrf + (1 - lrf) * (1 + math.cos(math.pi * done)) / 2)
+def cosine_lr(lr: float, lrf: float, epoch: int, epochs: int) -> float:
+    """Learning rate of an epoch (from 0): a half cosine from `lr` towards `lr * lrf`."""
+    return lr * (lrf + (1 - lrf) * (1 + math.cos(math.pi * epoch / epochs)) / 2)
 
 
 def train_one_epoch(

@@ -176,7 +176,7 @@ CHOSEN = [  # options, whether fc is new, and what is chosen
     ("--weights x --freeze-layers", True, {"fc_first": False, "lr": 0.03, "weight_decay": 0.1}),
     ("--weights x --freeze-layers --lr 0.02 --wd 0", True, {"lr": 0.02, "weight_decay": 0}),
     ("--weights x --freeze-layers --no-cache-features", True, {"fc_first": False, "lr": 0.01}),
-    ("--small-images", True, {"lr": 0.2, "weight_decay": 5e-4, "batch_size": 128}),
+    ("--small-images", True, {"lr": 0.1, "weight_decay": 5e-4, "batch_size": 128}),
     ("--opt adamw", True, {"opt": "adamw", "lr": 0.002, "weight_decay": 0.05, "epochs": 30}),
     ("--weights x --opt adamw --lr 1", True, {"lr": 1, "weight_decay": 0.05, "freeze_bn": True}),
     ("--label-smoothing 0.1 --ema 0.9", True, {"label_smoothing": 0.1, "ema": 0.9, "opt": "sgd"}),
@@ -327,7 +327,7 @@ def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run
 def test_a_run_from_before_an_option_was_there_goes_on_without_it(run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "old")
     state = load(folder, "last.pth")
-    for name in ("opt", "ema", "rise", "augment", "class_weights", "label_smoothing"):
+    for name in ("opt", "ema", "augment", "class_weights", "label_smoothing"):
         del state["args"][name]
     for figures in (state["best"], *state["history"]):
         figures.pop("balanced_accuracy", figures.pop("val_balanced_accuracy", None))

@@ -122,12 +122,6 @@ def test_amp_trains_in_bfloat16_on_the_cpu(network, loader):
     assert chosen == [False, False, True]
 
 
-def test_the_learning_rate_rises_to_its_peak_and_falls_from_there():
-    rates = [utils.cosine_lr(0.4, 0.1, epoch, 10, rise=0.3) for epoch in range(10)]
-    assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert rates[3:] == [utils.cosine_lr(0.4, 0.1, epoch, 7) for epoch in range(7)]
-
-
 def test_the_learning_rate_is_a_half_cosine():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.5 * 0.1)

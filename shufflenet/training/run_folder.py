@@ -47,10 +47,10 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
     state = checkpoint.load(last)
     if not state.keys() >= {"args", "history", "seconds", "best", "learning"}:
         raise UsageError(f"--resume {last} is not the last.pth of a run; name one")
-    # A run may have begun before some of the options, and values of its recipe, were there.
+    # A run may have begun before some of the options, and the average of its recipe, were there.
     names = vars(options).keys() - {"words", "resume"}
     began = {name: state["args"].get(name, parser.get_default(name)) for name in names}
-    began |= {name: state["args"].get(name, 0.0) for name in ("ema", "rise")}
+    began["ema"] = state["args"].get("ema", 0.0)
     parser.set_defaults(**began)
     options = parser.parse_args(options.words)
     options.output_dir = str(last.parent)
