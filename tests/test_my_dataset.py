@@ -180,6 +180,10 @@ def test_trivial_augment_does_what_torchvisions_functions_do(number):
 
 
 def test_trivial_augment_draws_one_of_them():
+    """The wide ranges of the paper's table 5: 32 pixels of 224, factors of 1 +- 0.99."""
+    shears, shifts, factors = [(-0.99, 0.99)] * 2, [(-1 / 7, 1 / 7)] * 2, [(0.01, 1.99)] * 4
+    ranges = [(0, 0), *shears, *shifts, (-135, 135), *factors, (2, 8), (0, 255), (0, 0), (0, 0)]
+    assert [(least, most) for _, least, most in TRIVIAL] == ranges
     pixels = np.array(noise(64, 48))
     drawn = [trivial_augment(pixels, random.Random(seed)) for seed in range(60)]
     assert {each.shape for each in drawn} == {pixels.shape}
