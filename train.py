@@ -88,7 +88,7 @@ RATES = {  # what another optimizer than SGD puts in their place
     "adamw": {
         "scratch": {"lr": 0.002, "weight_decay": 0.05},
         "finetune": {"lr": 0.0005, "weight_decay": 0.05},
-        "fc": {"lr": 0.01, "weight_decay": 0.1},
+        "fc": {"lr": 0.003, "weight_decay": 0.5},
         "small": {"lr": 0.003, "weight_decay": 0.05},
     }
 }

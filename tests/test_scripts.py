@@ -179,6 +179,7 @@ CHOSEN = [  # options, whether fc is new, and what is chosen
     ("--small-images", True, {"lr": 0.1, "weight_decay": 5e-4, "batch_size": 128}),
     ("--opt adamw", True, {"opt": "adamw", "lr": 0.002, "weight_decay": 0.05, "epochs": 30}),
     ("--weights x --opt adamw --lr 1", True, {"lr": 1, "weight_decay": 0.05, "freeze_bn": True}),
+    ("--weights x --freeze-layers --opt adamw", True, {"lr": 0.003, "weight_decay": 0.5}),
     ("--label-smoothing 0.1 --ema 0.9", True, {"label_smoothing": 0.1, "ema": 0.9, "opt": "sgd"}),
 ]
 

@@ -1,6 +1,7 @@
 """Figures of a classifier, from its answers."""
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Tally:
         figures = {
             "loss": float(self.loss_sum / self.images),
             "accuracy": float(hits.sum() / self.images),
-            "balanced_accuracy": float((hits[images > 0] / images[images > 0]).mean()),
+            "balanced_accuracy": fmean(hits[images > 0] / images[images > 0]),
         }
         if len(self.confusion) > 5:
             figures["top5"] = self.top5_hits / self.images
