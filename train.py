@@ -371,10 +371,10 @@ def fit(
             learner, optimizer, train_loader, compute.device, epoch,
             criterion=criterion, amp=compute.amp, clip=recipe.clip,
         )  # fmt: skip
-        for each in (model, network):
-            distributed.share_statistics(each)
-        if isinstance(learner, features.Head):
+        if isinstance(learner, features.Head):  # whose network stays as it is, but for fc
             learner.fold_into(model.fc)
+        else:
+            distributed.share_statistics(model, network)
         figures, confusion = validated(network, learner, val_loader, compute)
         figures = {"epoch": epoch + 1, "lr": lr} | distributed.mean(trained) | figures
         figures["seconds"] = time.perf_counter() - start

@@ -76,10 +76,10 @@ def wrap(learner: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(learner, [device] if device.type == "cuda" else None)
 
 
-def share_statistics(network: nn.Module) -> None:
-    """Give all processes the statistics of batch norm of the first."""
+def share_statistics(*networks: nn.Module) -> None:
+    """Give all processes the statistics of batch norm of the first, once each."""
     if torch.distributed.is_initialized():
-        for buffer in network.buffers():
+        for buffer in dict.fromkeys(b for network in networks for b in network.buffers()):
             torch.distributed.broadcast(buffer, 0)
 
 
