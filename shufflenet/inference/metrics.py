@@ -1,7 +1,6 @@
 """Figures of a classifier, from its answers."""
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean
 
 import numpy as np
 
@@ -51,7 +50,7 @@ class Tally:
         figures = {
             "loss": float(self.loss_sum / self.images),
             "accuracy": float(hits.sum() / self.images),
-            "balanced_accuracy": fmean(hits[images > 0] / images[images > 0]),
+            "balanced_accuracy": float((hits[images > 0] / images[images > 0]).mean()),
         }
         if len(self.confusion) > 5:
             figures["top5"] = self.top5_hits / self.images
