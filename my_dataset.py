@@ -90,9 +90,10 @@ def training_set(
     preprocessing: dict,
     small_images: bool,
 ) -> MyDataSet:
-    """What train.py learns from; `options` are those of its command line. An augmentation of your
-    own is a line of the list; or return a MyDataSet with a Compose of torchvision, whose draws are
-    repeatable with one thread only. Cached features (--freeze-layers) are not augmented."""
+    """What train.py learns from; `options` are those of its command line and recipe. An
+    augmentation of your own is a line of the list; or return a MyDataSet with a Compose of
+    torchvision, whose draws are repeatable with one thread only. Cached features (--freeze-layers)
+    are not augmented."""
     side = options.train_size or preprocessing["crop"]
     read = RandomShift(preprocessing) if small_images else partial(random_crop, side=side)
     augmentations = [

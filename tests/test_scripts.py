@@ -169,9 +169,13 @@ def test_loaded_weights_are_epoch_0_so_that_the_best_is_never_worse(flowers, run
 
 CHOSEN = [  # options, whether fc is new, and what is chosen
     ("--weights x", True, {"fc_first": True, "freeze_bn": True, "lr": 0.003, "clip": 5}),
+    ("--weights x", True, {"epochs": 12, "train_size": 176, "ema": 0.99}),
+    ("--weights x --train-size 224", True, {"epochs": 12, "train_size": 224}),
+    ("--weights x --small-images", False, {"lr": 0.003, "train_size": 0}),
     ("--weights x --no-fc-first --lr 1", True, {"fc_first": False, "freeze_bn": False, "lr": 1}),
+    ("--weights x --no-fc-first", True, {"epochs": 30, "train_size": 0}),
     ("--weights x --no-freeze-bn", True, {"fc_first": True, "freeze_bn": False, "lrf": 0.01}),
-    ("--weights x", False, {"fc_first": False, "freeze_bn": True, "lr": 0.003, "epochs": 16}),
+    ("--weights x", False, {"fc_first": False, "freeze_bn": True, "lr": 0.003, "epochs": 12}),
     ("", True, {"fc_first": False, "freeze_bn": False, "lrf": 0.1, "batch_size": 16}),
     ("--weights x --freeze-layers", True, {"fc_first": False, "lr": 0.03, "weight_decay": 0.1}),
     ("--weights x --freeze-layers --lr 0.02 --wd 0", True, {"lr": 0.02, "weight_decay": 0}),
@@ -328,6 +332,7 @@ def test_resume_finds_the_run_keeps_its_options_and_refuses_others(tmp_path, run
 def test_a_run_from_before_an_option_was_there_goes_on_without_it(run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "old")
     state = load(folder, "last.pth")
+    state["args"] |= {"weights": "x.pth", "fc_is_new": False, "train_size": None}  # fine-tuning
     for name in ("opt", "ema", "augment", "class_weights", "label_smoothing"):
         del state["args"][name]
     for figures in (state["best"], *state["history"]):
@@ -337,6 +342,7 @@ def test_a_run_from_before_an_option_was_there_goes_on_without_it(run_dir, tmp_p
         train.main(["--resume", folder, "--opt", "adamw"])
     assert train.main(["--resume", folder, "--epochs", 3])["epochs"] == 3
     assert "averaged" not in load(folder, "last.pth")["learning"]
+    assert load(folder, "last.pth")["args"]["train_size"] == 0  # as large as in evaluation
     assert load(folder, "last.pth")["history"][2]["lr"] == utils.cosine_lr(0.01, 0.1, 2, 3)
 
 
@@ -407,6 +413,24 @@ def test_training_images_may_be_small_and_partly_hidden(flowers, tmp_path, monke
     train.main(small(flowers, tmp_path / "out", *options))
     assert seen == {(64, True, True)}
     assert load(tmp_path, "out", "best.pth")["preprocessing"]["crop"] == 224
+
+
+def test_fine_tuning_is_on_smaller_crops_than_evaluation(
+    flowers, tmp_path, torchvision_file, monkeypatch
+):
+    sides, make = [], train.training_set
+
+    def spy(*args):
+        made = make(*args)
+        sides.append(made[0][0].shape)
+        return made
+
+    monkeypatch.setattr(train, "training_set", spy)
+    words = ["--data-path", flowers, "--model", "shufflenet_v2_x0_5", "--epochs", 1, "-j", 0]
+    train.main([*words, "--weights", torchvision_file, "--output-dir", "out"])
+    train.main(["--resume", "out", "--epochs", 2])
+    assert sides == [(176, 176, 3)] * 2
+    assert load("out", "best.pth")["preprocessing"]["crop"] == 224
 
 
 def test_patience_ends_a_run_that_gets_no_better(flowers, tmp_path, torchvision_file, capsys):

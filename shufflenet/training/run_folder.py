@@ -47,10 +47,11 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
     state = checkpoint.load(last)
     if not state.keys() >= {"args", "history", "seconds", "best", "learning"}:
         raise UsageError(f"--resume {last} is not the last.pth of a run; name one")
-    # A run may have begun before some of the options, and the average of its recipe, were there.
+    # A run may have begun before some options were there, or average and crops of its recipe.
     names = vars(options).keys() - {"words", "resume"}
     began = {name: state["args"].get(name, parser.get_default(name)) for name in names}
     began["ema"] = state["args"].get("ema", 0.0)
+    began["train_size"] = began["train_size"] or 0
     parser.set_defaults(**began)
     options = parser.parse_args(options.words)
     options.output_dir = str(last.parent)
