@@ -35,7 +35,7 @@ from shufflenet.inference.metadata import Metadata
 from shufflenet.inference.parallel import InParts
 from shufflenet.reading import download, folders, image
 from shufflenet.training import distributed, features
-from shufflenet.training.run_folder import RunFolder, load_run
+from shufflenet.training.run_folder import RunFolder, best_figure, load_run
 from utils import (
     cosine_lr,
     freeze_batch_norm,
@@ -217,7 +217,10 @@ def main(words: options.Words = None) -> dict:
     model.to(device, memory_format=pytorch.memory_format(device))
     recipe = choose_recipe(args, fc_is_new, small_images)
     weights = balanced_weights(data) if args.class_weights else None
-    criterion = nn.CrossEntropyLoss(weights, label_smoothing=recipe.label_smoothing).to(device)
+    # Of each image: torch's mean is divided by the weights of the batch, which then hardly count.
+    criterion = nn.CrossEntropyLoss(
+        weights, reduction="none", label_smoothing=recipe.label_smoothing
+    ).to(device)
     if args.freeze_layers:
         freeze_layers(model)
     if recipe.freeze_bn:
@@ -255,7 +258,7 @@ def main(words: options.Words = None) -> dict:
                     )
                     whole = {"epoch": 0, "seconds": time.perf_counter() - begun}
                     run.record(figures | whole, confusion)
-                    notice(f"fc alone reaches {figures['val_accuracy']:.4f}; now all layers")
+                    notice(f"fc alone reaches {best_figure(settings, run.best)}; now all layers")
                 train_layers(model, train_set, data, metadata, recipe, criterion, compute, run)
             run.finish()
         except KeyboardInterrupt:
@@ -362,7 +365,7 @@ def fit(
             figures, confusion = validated(network, learner, val_loader, compute)
             row = {"epoch": 0, "lr": 0.0} | figures | {"seconds": time.perf_counter() - start}
             run.record(row, confusion, learner, optimizer, average)
-            notice(f"the loaded weights reach {figures['val_accuracy']:.4f}")
+            notice(f"the loaded weights reach {best_figure(run.metadata.args, run.best)}")
     for epoch in range(run.epoch if run else 0, recipe.epochs):
         if run and run.stalled:
             notice("stopped: --patience epochs have brought nothing better")

@@ -116,7 +116,7 @@ def train_epoch(
         data_loader: (images (N, 3, H, W) normalised, or for a head features (N, channels);
             classes (N,)).
         epoch: counted from 0; decides the order where the loader has `set_epoch`.
-        criterion: mean loss of logits (N, classes) and classes (N,).
+        criterion: loss of logits (N, classes) and classes (N,): of each image, or their mean.
         amp: compute in bfloat16 where autocast does.
         clip: largest norm of the gradients of a step; longer ones are shortened to it.
 
@@ -133,7 +133,7 @@ def train_epoch(
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             logits = model(images)  # (N, classes)
-            loss = criterion(logits, labels)
+            loss = criterion(logits, labels).mean()
         loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import math
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ from shufflenet.inference.parallel import InParts
 from shufflenet.inference.pytorch import Compute
 from shufflenet.reading.folders import BadImages, image_hashes
 from shufflenet.reading.image import load_rgb
-from shufflenet.training.run_folder import RunFolder
+from shufflenet.training.run_folder import RunFolder, best_figure
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -147,7 +148,7 @@ def test_fc_first_trains_fc_and_then_all(flowers, tmp_path, torchvision_file, ca
     assert [row["epoch"] for row in whole["history"]] == [0, 1]
     assert whole["best"]["epoch"] == load(tmp_path, "all", "best.pth")["epoch"]
     accuracy = frozen["history"][-1]["val_accuracy"]
-    assert f"fc alone reaches {accuracy:.4f}; now all layers" in capsys.readouterr().err
+    assert f"fc alone reaches accuracy {accuracy:.4f}; now all layers" in capsys.readouterr().err
 
 
 def test_loaded_weights_are_epoch_0_so_that_the_best_is_never_worse(flowers, run_dir, capsys):
@@ -163,7 +164,8 @@ def test_loaded_weights_are_epoch_0_so_that_the_best_is_never_worse(flowers, run
         assert history[0]["val_accuracy"] == pytest.approx(start["accuracy"])
         assert history[0]["val_loss"] == pytest.approx(start["loss"], rel=1e-4)
         assert summary["best_accuracy"] >= start["accuracy"]
-        assert f"the loaded weights reach {start['accuracy']:.4f}" in capsys.readouterr().err
+        reached = f"the loaded weights reach accuracy {start['accuracy']:.4f}"
+        assert reached in capsys.readouterr().err
         assert table(out, "metrics.csv")[0]["train_loss"] == ""
 
 
@@ -293,9 +295,11 @@ def test_smoothing_and_weights_reach_the_loss(flowers, tmp_path, monkeypatch):
     words = ["--class-weights", "--label-smoothing", 0.1]
     with pytest.raises(RunError, match="enough"):
         train.main(small(data, tmp_path / "out", *words))
-    images = [7, 7, 3, 7, 7]  # without those to validate on
-    assert seen[0].weight.tolist() == pytest.approx([31 / (5 * count) for count in images])
-    assert seen[0].label_smoothing == 0.1
+    # Logits of zero: every class costs log 5, times its weight. The images to train on are counted.
+    weights = [31 / (5 * count) for count in (7, 7, 3, 7, 7)]
+    expected = [math.log(5) * (0.9 * weight + 0.1 * sum(weights) / 5) for weight in weights]
+    losses = [seen[0](torch.zeros(1, 5), torch.tensor([label])).mean() for label in range(5)]
+    assert torch.stack(losses).tolist() == pytest.approx(expected)  # not divided by the weight
 
 
 def test_weighted_classes_weigh_alike():
@@ -338,8 +342,12 @@ def test_a_run_from_before_an_option_was_there_goes_on_without_it(run_dir, tmp_p
     for figures in (state["best"], *state["history"]):
         figures.pop("balanced_accuracy", figures.pop("val_balanced_accuracy", None))
     checkpoint.save(state, folder / "last.pth")
-    with pytest.raises(UsageError, match="began with None: omit --opt adamw, or start a new run"):
+    with pytest.raises(UsageError, match="began with sgd: omit --opt adamw, or start a new run"):
         train.main(["--resume", folder, "--opt", "adamw"])
+    with pytest.raises(UsageError, match="began without it: omit --class-weights, or start a new"):
+        train.main(["--resume", folder, "--opt", "sgd", "--ema", 0, "--class-weights"])
+    with pytest.raises(UsageError, match="began without it: omit --no-amp, or start a new run"):
+        train.main(["--resume", folder, "--no-amp"])
     assert train.main(["--resume", folder, "--epochs", 3])["epochs"] == 3
     assert "averaged" not in load(folder, "last.pth")["learning"]
     assert load(folder, "last.pth")["args"]["train_size"] == 0  # as large as in evaluation
@@ -391,6 +399,8 @@ def test_the_best_epoch_has_the_lowest_loss_of_equal_accuracy(tmp_path, weighted
         better.append(run.record(row, np.eye(5, dtype=int)))
     assert better == [True, False, True, False, False]
     assert load(tmp_path, "best.pth")["metrics"] == run.history[2]
+    name = "balanced accuracy" if weighted else "accuracy"
+    assert best_figure(metadata.args, run.best) == f"{name} 0.5000"
     assert run.stalled  # two epochs have brought nothing better
     for patience in (None, 3):
         run.metadata.args["patience"] = patience

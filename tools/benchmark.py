@@ -51,13 +51,13 @@ EXTENSIONS |= {"avx512_bf16": "bfloat16"}
 TURN = 128  # images of a turn of `inference`, or one batch if that has more
 # Commands by what is trained (up to a comma), and what differs from baseline.py besides speed.
 CACHED = "standardised features, no augmentation, batch norm frozen, lr 0.03, batch 64, decay 0.1"
-RECIPE = "train.py --train-size 176 --random-erase 0.25"
+RECIPE = "train.py"
 OURS = {
     "fc": {"train.py --freeze-layers": CACHED, "train.py --freeze-layers, again": CACHED},
     "all": {
         "train.py --no-fc-first": "random draws",
         "train.py --no-fc-first --freeze-bn": "batch norm frozen",
-        RECIPE: "fc trained first, batch norm frozen, smaller crops, erasing, lr 0.003, lrf 0.01",
+        RECIPE: "fc trained first, batch norm frozen, smaller crops, average, lr 0.003, lrf 0.01",
     },
 }
 

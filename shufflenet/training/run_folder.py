@@ -48,29 +48,43 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
     if not state.keys() >= {"args", "history", "seconds", "best", "learning"}:
         raise UsageError(f"--resume {last} is not the last.pth of a run; name one")
     # A run may have begun before some options were there, or average and crops of its recipe.
+    before = {"opt": "sgd", "label_smoothing": 0.0, "ema": 0.0}
     names = vars(options).keys() - {"words", "resume"}
-    began = {name: state["args"].get(name, parser.get_default(name)) for name in names}
-    began["ema"] = state["args"].get("ema", 0.0)
+    began = {name: parser.get_default(name) for name in names} | before
+    began |= {name: value for name, value in state["args"].items() if name in names}
     began["train_size"] = began["train_size"] or 0
     parser.set_defaults(**began)
     options = parser.parse_args(options.words)
     options.output_dir = str(last.parent)
     for name in sorted(began.keys() - FREE):
-        if getattr(options, name) != began[name]:
-            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
-            raise UsageError(f"{last} began with {began[name]}: omit {flag}, or start a new run")
+        if (value := getattr(options, name)) != began[name]:
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            flag += "" if isinstance(value, bool) else f" {value}"
+            how = f"with {began[name]}" if began[name] else "without it"
+            raise UsageError(f"{last} began {how}: omit {flag}, or start a new run")
     if state["best"] and not (last.parent / "best.pth").exists():
         todo = f"put it back, or start a new run with --weights {last}"
         raise UsageError(f"{last.parent} lacks best.pth: {todo}")
     if options.epochs != began["epochs"]:
         notice(f"--epochs {options.epochs}, was {began['epochs']}: the rates ahead change, too")
     done = state["history"][-1]["epoch"] if state["history"] else 0
-    best = state["best"] or {"accuracy": 0.0, "epoch": 0}
-    record = f"best accuracy {best['accuracy']:.4f} in epoch {best['epoch']}"
+    best = state["best"] or {judged_by(began): 0.0, "epoch": 0}
+    record = f"best {best_figure(began, best)} in epoch {best['epoch']}"
     notice(f"resuming {last.parent}: {done} of {options.epochs} epochs are done, {record}")
     if done >= options.epochs:
         notice("nothing is left to train, but for more epochs than these")
     return state, options
+
+
+def judged_by(args: dict) -> str:
+    """The figure that chooses the best epoch of a run with these options."""
+    return "balanced_accuracy" if args.get("class_weights") else "accuracy"
+
+
+def best_figure(args: dict, best: dict) -> str:
+    """That figure of the best epoch, with its name."""
+    name = judged_by(args)
+    return f"{name.replace('_', ' ')} {best[name]:.4f}"
 
 
 class RunFolder:
@@ -150,7 +164,7 @@ class RunFolder:
             steps = average.n_averaged
             self._learning |= {"averaged": self.model.state_dict(), "steps": steps}
         saved = average.module if average else self.model
-        judged = "balanced_accuracy" if self.metadata.args.get("class_weights") else "accuracy"
+        judged = judged_by(self.metadata.args)
         new = {name: row[f"val_{name}"] for name in ("accuracy", "balanced_accuracy", "loss")}
 
         def rank(figures: dict) -> tuple[float, float]:
