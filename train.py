@@ -143,22 +143,25 @@ def build_parser() -> options.Parser:
     add("--wd", "--weight-decay", dest="weight_decay", type=options.number(float, 0),
         metavar="DECAY", help="weight decay")
     add("--opt", choices=OPTIMIZERS,
-        help="optimizer; adamw takes rate and decay of its own where they are omitted")
+        help="optimizer; adamw, with rate and decay of its own, is for networks that sgd does not "
+        "suit")
     add("--label-smoothing", type=options.number(float, 0, 0.99), metavar="SHARE",
-        help="share of the target that is spread over all classes")
+        help="share of the target that is spread over all classes, for labels that may be wrong")
     add("--class-weights", action="store_true",
-        help="weigh images by how rare their class is; balanced accuracy, the mean recall of the "
-        "classes, then chooses the best epoch")
+        help="weigh images by how rare their class is, where some have few; balanced accuracy, the "
+        "mean recall of the classes, then chooses the best epoch")
     add("--ema", type=options.number(float, 0, 0.99999), metavar="DECAY",
         help="validate and save a moving average of the weights, which keeps DECAY of itself in "
-        "every step (0: none); not of fc on cached features")
+        "every step (0: none): steadier where images are few; not of fc on cached features")
     add("--augment", choices=[name for name in AUGMENTS if name],
-        help="also change colours (jitter), or one of fourteen things (trivial: TrivialAugment)")
+        help="also change colours (jitter), or one of fourteen things (trivial: TrivialAugment): "
+        "for long training, or where light and cameras vary")
     add("--train-size", type=options.number(int, 64, 1024), metavar="PIXELS",
         help="side of the crops to train on; smaller is faster (if omitted: as the recipe says, "
         "else that of evaluation, 224)")
     add("--random-erase", type=share, default=0.0, metavar="SHARE",
-        help="share of the training images in which a random rectangle is hidden")
+        help="share of the training images in which a random rectangle is hidden, for long "
+        "training")
     add("--patience", type=count, metavar="N", help="stop after N epochs without improvement")
     add("--seed", type=options.number(int, 0), default=0, metavar="N",
         help="decides split, order, augmentation and fresh weights")
