@@ -81,7 +81,7 @@ RECIPES = {
         ema=0.99, train_size=176, clip=5.0, freeze_bn=True,
     ),
     # fc on cached features. Of 3 batch sizes x 5 rates x 3 decays, 30 epochs, 5 splits, these were
-    # at the top for 800 training images and for 200 (flower_photos, x0.5).
+    # at the top for 800 training images and for 200 (flower_photos, x0.5; the scale had no floor).
     "fc": Recipe(epochs=30, batch_size=64, lr=0.03, lrf=0.1, weight_decay=0.1),
     # Images of some 32 pixels; docs/training.md has what was measured.
     "small": Recipe(epochs=30, batch_size=128, lr=0.1, lrf=0.01, weight_decay=5e-4),
@@ -160,8 +160,7 @@ def build_parser() -> options.Parser:
         help="side of the crops to train on; smaller is faster (if omitted: as the recipe says, "
         "else that of evaluation, 224)")
     add("--random-erase", type=share, default=0.0, metavar="SHARE",
-        help="share of the training images in which a random rectangle is hidden, for long "
-        "training")
+        help="share of the training images in which a random rectangle is hidden")
     add("--patience", type=count, metavar="N", help="stop after N epochs without improvement")
     add("--seed", type=options.number(int, 0), default=0, metavar="N",
         help="decides split, order, augmentation and fresh weights")
@@ -220,7 +219,7 @@ def main(words: options.Words = None) -> dict:
     model.to(device, memory_format=pytorch.memory_format(device))
     recipe = choose_recipe(args, fc_is_new, small_images)
     weights = balanced_weights(data) if args.class_weights else None
-    # Of each image: torch's mean is divided by the weights of the batch, which then hardly count.
+    # Of each image: torch's mean divides by the weights of the batch, which cancels part of them.
     criterion = nn.CrossEntropyLoss(
         weights, reduction="none", label_smoothing=recipe.label_smoothing
     ).to(device)
@@ -597,9 +596,9 @@ def choose_recipe(args: argparse.Namespace, fc_is_new: bool, small_images: bool)
     typed = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     typed = {name: value for name, value in typed.items() if value is not None}
     rates = RATES.get(args.opt, {}).get(kind, {})
+    if small_images:
+        typed["train_size"] = 0  # they are not resized
     recipe = replace(RECIPES[kind], **rates | typed | {"fc_first": fc_first})
-    if small_images:  # which are not resized
-        recipe = replace(recipe, train_size=0)
     notice(f"recipe {kind}: {recipe}")
     return recipe
 

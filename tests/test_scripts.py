@@ -346,8 +346,10 @@ def test_a_run_from_before_an_option_was_there_goes_on_without_it(run_dir, tmp_p
         train.main(["--resume", folder, "--opt", "adamw"])
     with pytest.raises(UsageError, match="began without it: omit --class-weights, or start a new"):
         train.main(["--resume", folder, "--opt", "sgd", "--ema", 0, "--class-weights"])
-    with pytest.raises(UsageError, match="began without it: omit --no-amp, or start a new run"):
-        train.main(["--resume", folder, "--no-amp"])
+    with pytest.raises(UsageError, match="began with it: omit --no-cache-features, or start a new"):
+        train.main(["--resume", folder, "--no-cache-features"])
+    with pytest.raises(UsageError, match="began with 0: omit --seed 1, or start a new run"):
+        train.main(["--resume", folder, "--seed", 1])
     assert train.main(["--resume", folder, "--epochs", 3])["epochs"] == 3
     assert "averaged" not in load(folder, "last.pth")["learning"]
     assert load(folder, "last.pth")["args"]["train_size"] == 0  # as large as in evaluation

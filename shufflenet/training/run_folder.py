@@ -60,7 +60,8 @@ def load_run(last: Path, parser: Parser, options: argparse.Namespace) -> tuple:
         if (value := getattr(options, name)) != began[name]:
             flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
             flag += "" if isinstance(value, bool) else f" {value}"
-            how = f"with {began[name]}" if began[name] else "without it"
+            off = not began[name] and name != "seed"
+            how = "without it" if off else "with it" if value is False else f"with {began[name]}"
             raise UsageError(f"{last} began {how}: omit {flag}, or start a new run")
     if state["best"] and not (last.parent / "best.pth").exists():
         todo = f"put it back, or start a new run with --weights {last}"
