@@ -236,8 +236,8 @@ def main(words: options.Words = None) -> dict:
     # Output.
     folder = options.make_folder(args.output_dir, args.name or args.model)
     settings = describe(args, data, state) | asdict(recipe)
-    settings |= {"small_images": small_images, "output_dir": str(folder), "data_path": str(root)}
-    settings["fc_is_new"] = fc_is_new
+    settings |= {"small_images": small_images, "fc_is_new": fc_is_new}
+    settings |= {"output_dir": str(folder), "data_path": str(root)}
     preprocessing = default_preprocessing(args.model, small_images)
     hashes = folders.image_hashes(data.train[0])
     metadata = Metadata(args.model, data.classes, preprocessing, settings, hashes)
